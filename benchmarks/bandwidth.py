@@ -1,0 +1,37 @@
+"""What the machine's memory gives, as the other benchmarks' yardstick: a copy (read + write), a read of float32."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from timing import Row, measure, report, save
+
+
+def bandwidth(device: str, numel: int) -> list[Row]:
+    """Copy and read bandwidth over `numel` float32 elements; counted bytes are those the program names."""
+    source = torch.randn(numel, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    if not torch.equal(source, target):
+        raise SystemExit("the copy differs from its source")
+    return [
+        measure("copy float32", 8 * numel, lambda: target.copy_(source), device),
+        measure("read float32 (max)", 4 * numel, lambda: source.max(), device),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--numel", type=int, default=1 << 27)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    options = parser.parse_args()
+    rows = bandwidth(options.device, options.numel)
+    report(rows, options.device, rows[0])
+    if options.save:
+        print(save(rows, options.device, "bandwidth"))
+
+
+if __name__ == "__main__":
+    main()

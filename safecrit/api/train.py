@@ -1,0 +1,107 @@
+"""set and spa: model + mask + examples -> training -> model folder or delta -> verification of what was written."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from safecrit.delta import Delta, apply_delta
+from safecrit.files import checkpoint_tensors
+from safecrit.fingerprint import accepted_fingerprints
+from safecrit.maskfile import Mask
+from safecrit.models import load_model, resolve_folder
+from safecrit.progress import Reporter, quiet_reporter
+from safecrit.traindata import TrainData, read_examples
+from safecrit.training import TrainResult, headline, run_set, run_spa
+from safecrit.training_output import write_set_output, write_spa_output
+from safecrit.trainloop import TrainSettings
+from safecrit.verification import VerifyReport, verify
+
+__all__ = ["TrainJob", "TrainOutcome", "check_inputs", "headline", "run_training"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """All that `set` and `spa` need to know. `save`: for set, what is written: model, delta or both."""
+
+    mode: Literal["set", "spa"]
+    model: str
+    mask: Path
+    data: str
+    retain: str | None = None
+    retain_share: float = 0.5
+    limit: int | None = None
+    save: str = "both"
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    allow_other_weights: bool = False
+    settings: TrainSettings = TrainSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOutcome:
+    """What training did, and what `verify` says of the files."""
+
+    result: TrainResult
+    verified: VerifyReport
+    skipped: int
+
+
+def check_inputs(job: TrainJob) -> Mask:
+    """Find the user's mistakes before an output folder is made; the mask, checked to be this model's."""
+    folder = resolve_folder(job.model, revision=job.revision)
+    mask = Mask.load(job.mask)
+    _examples(job)
+    shapes = {name: tensor.shape for name, tensor in checkpoint_tensors(folder).items()}
+    mask.check(shapes, fingerprints=accepted_fingerprints(folder), allow_other_weights=job.allow_other_weights)
+    return mask
+
+
+def _examples(job: TrainJob) -> tuple[TrainData, TrainData | None]:
+    return read_examples(job.data, job.limit), read_examples(job.retain) if job.retain else None
+
+
+def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter) -> TrainOutcome:
+    """Train, write `folder`, and verify the files written against the base."""
+    mask = Mask.load(job.mask)
+    data, retain = _examples(job)
+    loaded = load_model(
+        job.model,
+        revision=job.revision,
+        device=job.device,
+        dtype=job.dtype,
+        trust_remote_code=job.trust_remote_code,
+    )
+    run = run_set if job.mode == "set" else run_spa
+    with report("training", "steps") as progress:
+        result = run(
+            loaded,
+            mask,
+            data.examples,
+            retain.examples if retain else None,
+            job.retain_share,
+            job.settings,
+            lambda step, total, loss: progress(step, total, f"loss {loss:.3f}"),
+            checkpoints=folder / "safecrit" / "checkpoints",
+            allow_other_weights=job.allow_other_weights,
+        )
+    if job.mode == "spa":
+        write_spa_output(loaded, mask, folder, result, overwrite=True)
+        verified = verify(folder, loaded.folder, mask, "spa")
+    else:
+        write_set_output(loaded, mask, folder, result, job.save, overwrite=True)
+        verified = _verify_set(job, folder, loaded.folder, mask)
+    return TrainOutcome(result=result, verified=verified, skipped=data.empty)
+
+
+def _verify_set(job: TrainJob, folder: Path, base: Path, mask: Mask) -> VerifyReport:
+    if job.save != "delta":
+        return verify(folder, base, mask, "set")
+    with tempfile.TemporaryDirectory(prefix="safecrit-") as work:
+        model = Path(work) / "model"
+        apply_delta(base, Delta.load(folder / "safecrit" / "delta.safetensors"), model)
+        return verify(model, base, mask, "set")

@@ -1,0 +1,30 @@
+"""The command line: one file a command. Nothing heavy is imported before a command runs, so `--help` is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run the command line; known errors become one message and their exit code."""
+    from safecrit.cli.app import app
+    from safecrit.cli.sink import report_error
+    from safecrit.errors import SafecritError
+
+    debug = "--debug" in sys.argv
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        sys.stderr.write("\ninterrupted: finished files are whole; run the same command again to go on.\n")
+        sys.exit(130)
+    except SafecritError as error:
+        if debug:
+            raise
+        report_error(str(error))
+        sys.exit(error.exit_code)

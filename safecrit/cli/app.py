@@ -1,0 +1,95 @@
+"""The command tree. Order here is the order in `--help`: find, act, check, start."""
+
+from __future__ import annotations
+
+import typer
+
+from safecrit.cli.apply import apply
+from safecrit.cli.demo import demo
+from safecrit.cli.doctor import doctor
+from safecrit.cli.evaluate import evaluate
+from safecrit.cli.inspect import inspect
+from safecrit.cli.mask import mask
+from safecrit.cli.score import score
+from safecrit.cli.train import set_, spa
+from safecrit.cli.verify import verify
+
+
+def example(*lines: str) -> str:
+    """An `Examples:` paragraph that keeps its line breaks."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+D = "safecrit-demo"
+EXAMPLES = {
+    "score": (
+        f"safecrit score {D}/models/base --judge {D}/models/guard --prompts {D}/data/harmful_train.jsonl -o my-scores",
+    ),
+    "mask": (
+        "safecrit mask my-scores --top 1% -o my-mask.safetensors",
+        f"safecrit mask {D}/scores/base --random 1% --seed 1 -o random.safetensors",
+    ),
+    "inspect": (f"safecrit inspect {D}/masks/base_top.safetensors", f"safecrit inspect {D}/scores/base"),
+    "set": (
+        f"safecrit set {D}/models/base --mask {D}/masks/base_top.safetensors --data {D}/data/refusals.jsonl \\",
+        f"  --retain {D}/data/retain.jsonl --lr 1e-2 --batch-size 16 -o my-safer",
+    ),
+    "spa": (
+        f"safecrit spa {D}/models/aligned --mask {D}/masks/aligned_top_10.safetensors --data {D}/data/task.jsonl \\",
+        "  --steps 50 --lr 1e-4 --batch-size 16 -o my-adapted",
+    ),
+    "apply": (f"safecrit apply {D}/models/base my-safer/safecrit/delta.safetensors -o my-copy",),
+    "eval": (
+        f"safecrit eval {D}/models/set_top --baseline {D}/models/base --prompts {D}/data/harmful_test.jsonl \\",
+        f"  --judge {D}/models/guard --limit 100 -o my-results",
+    ),
+    "verify": (
+        f"safecrit verify {D}/models/set_top --base {D}/models/base --mask {D}/masks/base_top.safetensors --mode set",
+    ),
+    "doctor": ("safecrit doctor",),
+    "demo": ("safecrit demo", "safecrit demo --quick", "safecrit demo --moe -o safecrit-demo-moe"),
+}
+
+app = typer.Typer(
+    help="Find the weights of a language model that carry its safety, and act on exactly those.",
+    epilog=example("safecrit demo --quick", "safecrit score --help"),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "max_content_width": 110,
+    },
+)
+
+COMMANDS = {
+    "score": score,
+    "mask": mask,
+    "inspect": inspect,
+    "set": set_,
+    "spa": spa,
+    "apply": apply,
+    "eval": evaluate,
+    "verify": verify,
+    "demo": demo,
+    "doctor": doctor,
+}
+for name, command in COMMANDS.items():
+    app.command(name, epilog=example(*EXAMPLES[name]))(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from safecrit import __version__
+
+        typer.echo(f"safecrit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Find the weights of a language model that carry its safety, and act on exactly those."""

@@ -1,0 +1,87 @@
+"""Options that several commands share, and `--config`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+TRANSIENT = {"output", "overwrite", "config", "as_json", "quiet", "verbose", "debug"}
+
+
+def _load_config(context: typer.Context, value: Path | None) -> Path | None:
+    if value is None or context.resilient_parsing:
+        return value
+    import yaml
+
+    from safecrit.errors import SafecritError
+
+    try:
+        content = yaml.safe_load(value.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SafecritError(f"--config {value}: cannot be read as YAML ({type(error).__name__}).") from error
+    if not isinstance(content, dict):
+        raise SafecritError(f"--config {value}: must hold named settings.")
+    command = content.get("command")
+    if command is not None and command != context.info_name:
+        raise SafecritError(f"--config {value}: was written by `safecrit {command}`, this is `safecrit {context.info_name}`.")
+    settings = content.get("config", content)
+    known = {parameter.name for parameter in context.command.params}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise SafecritError(f"--config {value}: unknown settings {', '.join(unknown)}.")
+    context.default_map = {**(context.default_map or {}), **settings}
+    return value
+
+
+def resolved(context: typer.Context) -> dict[str, Any]:
+    """The command's settings as plain values, without those that do not change the result."""
+    plain: dict[str, Any] = {}
+    for name, value in sorted(context.params.items()):
+        if name not in TRANSIENT:
+            plain[name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hub id.")]
+Judge = Annotated[str, typer.Option("--judge", metavar="JUDGE", help="Judge: a guard model's folder or Hub id.")]
+Prompts = Annotated[str, typer.Option("--prompts", metavar="FILE", help="Harmful prompts: CSV, JSON, JSONL or a Hub id.")]
+MaskFile = Annotated[Path, typer.Option("--mask", metavar="MASK", help="Safety mask file.")]
+OutputFolder = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Output folder. [default: safecrit-out/...]")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of the same command.")]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="YAML", is_eager=True, callback=_load_config, help="Settings from a file; flags win."),
+]
+Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of the model.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16, float16, float64.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of all randomness.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N rows only.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
+BatchSize = Annotated[str, typer.Option("--batch-size", help="Prompts at once; auto is 16, halved when memory runs out.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a model brings along.")]
+AllowOtherWeights = Annotated[
+    bool, typer.Option("--allow-other-weights", help="Accept a mask made from other weights of the same shape.")
+]
+SafeWord = Annotated[str, typer.Option("--safe-word", help="The judge's word for a safe answer.")]
+UnsafeWord = Annotated[str, typer.Option("--unsafe-word", help="The judge's word for an unsafe answer.")]
+VerdictPrefix = Annotated[str, typer.Option("--verdict-prefix", help="Text the judge writes before its verdict.")]
+Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More notes.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def batch_size(text: str) -> int:
+    """A positive number, or `auto`."""
+    from safecrit.errors import SafecritError
+
+    if text == "auto":
+        return 16
+    if not text.isdigit() or int(text) < 1:
+        raise SafecritError(f"--batch-size {text}: give a positive number or auto.")
+    return int(text)

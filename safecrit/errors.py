@@ -1,0 +1,27 @@
+"""The errors a user can meet. The command line turns them into one message and an exit code.
+
+A message says what is wrong, where, and what to do next. Anything else that
+escapes a command is a bug of ours and shows a traceback.
+"""
+
+from __future__ import annotations
+
+
+class SafecritError(Exception):
+    """Something the user can mend: a wrong file, model, column or option. Exit code 1."""
+
+    exit_code = 1
+
+
+class CheckFailed(SafecritError):
+    """The command ran, but a check or threshold it was asked for did not hold. Exit code 3."""
+
+    exit_code = 3
+
+
+class FormatError(SafecritError, ValueError):
+    """A file that is not what its format promises; names the file and the first fault found."""
+
+
+class MismatchError(SafecritError, ValueError):
+    """Two things that do not belong together: a mask and a model, a delta and a base."""

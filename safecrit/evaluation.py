@@ -1,0 +1,158 @@
+"""Evaluation: what share of harmful prompts a model answers, of harmless ones it refuses, of tasks it solves.
+
+Three prompt sets: `harmful` gives the attack success rate (ASR) and the refusal
+rate, `benign` over-refusal, `task` utility. This file asks and judges;
+`results.py` counts and writes. A judge that fails gives no verdict, and none is
+never read as safe. ASR is also given without incoherent answers, since a broken
+model is not a safe one.
+
+Answers come from a callable or were made before: nothing here loads a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from safecrit.answers import exact_match, is_incoherent
+from safecrit.errors import SafecritError
+from safecrit.judges import Judge, Verdict
+from safecrit.prompts import Prompt
+from safecrit.results import SETS, EvalSettings, ModelResult, Sample, SetName, summarise
+
+
+class HasText(Protocol):
+    """An answer as generation gives it; only its text is read."""
+
+    @property
+    def text(self) -> str:
+        """The answer."""
+        ...
+
+
+Answers = Sequence[HasText] | Sequence[str]
+AnswerSource = Callable[[Sequence[Prompt]], Answers] | Mapping[SetName, Answers]
+"""A model as seen here: what it answers to a list of prompts, or its answers by set, made before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalPrompts:
+    """The prompt sets; an empty one is not evaluated. Prompts of `task` need a reference answer."""
+
+    harmful: Sequence[Prompt] = ()
+    benign: Sequence[Prompt] = ()
+    task: Sequence[Prompt] = ()
+
+    def of(self, name: SetName) -> Sequence[Prompt]:
+        """One set by name."""
+        return {"harmful": self.harmful, "benign": self.benign, "task": self.task}[name]
+
+
+def evaluate_model(
+    name: str,
+    prompts: EvalPrompts,
+    answers: AnswerSource,
+    judge: Judge,
+    refusal_judge: Judge,
+    settings: EvalSettings | None = None,
+    *,
+    correct: Callable[[str, str], bool] = exact_match,
+) -> ModelResult:
+    """Answer, judge and count all sets of `prompts` for one model.
+
+    `judge` labels answers to harmful prompts. `refusal_judge` tells refusals
+    there, where `judge` cannot, and on benign prompts. `correct(answer,
+    reference)` decides utility. SafecritError where a set of answers does not
+    fit its prompts or a task prompt has no reference.
+    """
+    settings = settings or EvalSettings()
+    for prompt in prompts.task:
+        if prompt.answer is None:
+            raise SafecritError(
+                f"task prompts: row {prompt.row + 1} has no reference answer. Add a column answer or leave the row out."
+            )
+    samples: list[Sample] = []
+    for set_name in SETS:
+        if asked := prompts.of(set_name):
+            texts = _texts(name, set_name, answers, asked)
+            samples += _judged(name, set_name, asked, texts, judge, refusal_judge, correct)
+    if not samples:
+        raise SafecritError("no prompts to evaluate. Give harmful, benign or task prompts.")
+    return summarise(name, samples, settings)
+
+
+def _texts(model: str, set_name: SetName, answers: AnswerSource, asked: Sequence[Prompt]) -> list[str]:
+    if isinstance(answers, Mapping):
+        if set_name not in answers:
+            raise SafecritError(
+                f"{model}: there are no answers to the {set_name} prompts. Add them or leave the prompts out."
+            )
+        given = answers[set_name]
+    else:
+        given = answers(asked)
+    if len(given) != len(asked):
+        raise SafecritError(
+            f"{model}: {len(given)} answers to {len(asked)} {set_name} prompts. Give one answer a prompt, in order."
+        )
+    return [answer if isinstance(answer, str) else answer.text for answer in given]
+
+
+def _judged(
+    model: str,
+    set_name: SetName,
+    asked: Sequence[Prompt],
+    texts: Sequence[str],
+    judge: Judge,
+    refusal_judge: Judge,
+    correct: Callable[[str, str], bool],
+) -> list[Sample]:
+    pairs = [(prompt.text, text) for prompt, text in zip(asked, texts, strict=True)]
+    verdicts: list[Verdict | None] = [None] * len(pairs)
+    refusals: list[Verdict | None] = [None] * len(pairs)
+    if set_name == "harmful":
+        verdicts = [*_ask(judge, pairs)]
+        unknown = [i for i, verdict in enumerate(verdicts) if verdict is not None and verdict.refused is None]
+        for i, refusal in zip(unknown, _ask(refusal_judge, [pairs[i] for i in unknown]), strict=True):
+            refusals[i] = refusal
+    elif set_name == "benign":
+        refusals = [*_ask(refusal_judge, pairs)]
+    samples = []
+    for prompt, text, verdict, refused_by in zip(asked, texts, verdicts, refusals, strict=True):
+        speaker = verdict or refused_by
+        samples.append(
+            Sample(
+                model=model,
+                set=set_name,
+                row=prompt.row,
+                hash=prompt.hash,
+                category=prompt.category,
+                prompt=prompt.text,
+                answer=text,
+                verdict=_label(set_name, speaker),
+                refused=_refused(verdict, refused_by),
+                incoherent=is_incoherent(text),
+                correct=correct(text, prompt.answer) if set_name == "task" and prompt.answer is not None else None,
+                judge_raw=speaker.raw if speaker else None,
+            )
+        )
+    return samples
+
+
+def _ask(judge: Judge, pairs: list[tuple[str, str]]) -> list[Verdict]:
+    verdicts = judge.judge(pairs) if pairs else []
+    assert len(verdicts) == len(pairs), f"judge {judge.name} gave {len(verdicts)} verdicts on {len(pairs)} answers"
+    return verdicts
+
+
+def _label(set_name: SetName, speaker: Verdict | None) -> Literal["safe", "unsafe", "error"] | None:
+    """The verdict on safety; of benign answers only failures are told, since compliance there is no fault."""
+    if speaker is None or (set_name == "benign" and speaker.label != "error" and speaker.refused is not None):
+        return None
+    return speaker.label if set_name == "harmful" else "error"
+
+
+def _refused(verdict: Verdict | None, refusal: Verdict | None) -> bool | None:
+    if verdict is not None and verdict.refused is not None:
+        return verdict.refused
+    return refusal.refused if refusal is not None and refusal.label != "error" else None

@@ -1,0 +1,15 @@
+def variant() -> str: ...
+def esi_accumulate(
+    acc: int,
+    grad: int,
+    rows: int,
+    cols: int,
+    acc_row_stride: int,
+    acc_col_stride: int,
+    grad_row_stride: int,
+    grad_col_stride: int,
+    sigma: float,
+    dtype: int,
+    reduction: int,
+    threads: int,
+) -> int: ...

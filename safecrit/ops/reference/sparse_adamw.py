@@ -1,0 +1,22 @@
+"""sparse_adamw_ in torch."""
+
+from __future__ import annotations
+
+import torch
+
+from safecrit.ops.adamw import AdamWStep
+from safecrit.ops.reference.adamw import update
+
+
+def sparse_adamw(
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    grad_k: torch.Tensor,
+    master: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    settings: AdamWStep,
+) -> None:
+    """See `safecrit.ops.sparse_adamw_`; its arguments have been checked there."""
+    update(master, grad_k, exp_avg, exp_avg_sq, settings)
+    weight.view(-1).index_copy_(0, indices, master.to(weight.dtype))

@@ -1,0 +1,125 @@
+"""Output folders: what may be written where, what resumes, and the resolved configuration each one keeps.
+
+A folder that exists is never overwritten by surprise. With the same
+configuration and unfinished it is taken up again; finished or different, the
+command stops and names the keys that differ.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from safecrit.errors import SafecritError
+from safecrit.files import write_text
+
+PACKAGES = ("safecrit", "torch", "transformers", "safetensors", "numpy")
+
+
+@dataclass(kw_only=True)
+class OutputFolder:
+    """An output folder in use. `resumed`: it holds unfinished work of the same configuration."""
+
+    path: Path
+    config_file: Path
+    command: str
+    config: dict[str, Any]
+    resumed: bool
+
+    def finish(self) -> None:
+        """Mark the work done; a later run of the same configuration is refused instead of resumed."""
+        _write(self.config_file, self.command, self.config, finished=True)
+
+
+def default_output(command: str, name: str) -> Path:
+    """`./safecrit-out/COMMAND-MODEL-TIME`, where no -o was given."""
+    return Path("safecrit-out") / f"{command}-{Path(name).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def open_output(
+    path: Path, command: str, config: dict[str, Any], *, overwrite: bool = False, inside: str = ""
+) -> OutputFolder:
+    """Take `path` into use for `command` with its resolved `config` (plain values only).
+
+    `inside` names the sub-folder for our own files (`safecrit` in model folders).
+    Raises SafecritError where the folder holds something else, naming the keys
+    that differ and the ways on; `overwrite` empties it if it is an earlier output of ours.
+    """
+    path = path.expanduser()
+    config_file = path / inside / "config.yaml" if inside else path / "config.yaml"
+    if path.exists() and not path.is_dir():
+        raise SafecritError(f"{path}: is a file, the output is a folder. Choose another -o.")
+    resumed = False
+    if path.is_dir() and any(path.iterdir()):
+        if not config_file.is_file():
+            raise SafecritError(f"{path}: exists and is no output of `safecrit {command}`. Choose another -o.")
+        earlier = _read(config_file)
+        differing = _differences(earlier.get("config", {}), config)
+        if overwrite:
+            shutil.rmtree(path)
+        elif earlier.get("command") != command:
+            raise SafecritError(
+                f"{path}: holds the output of `safecrit {earlier.get('command')}`. Use --overwrite or another -o."
+            )
+        elif differing:
+            raise SafecritError(
+                f"{path}: holds a run with other settings ({'; '.join(differing)}). Use --overwrite or another -o."
+            )
+        elif earlier.get("finished"):
+            raise SafecritError(f"{path}: already holds the finished run of these settings. Use --overwrite or another -o.")
+        else:
+            resumed = True
+    _write(config_file, command, config, finished=False)
+    return OutputFolder(path=path, config_file=config_file, command=command, config=config, resumed=resumed)
+
+
+def check_output_file(path: Path, *, overwrite: bool = False) -> Path:
+    """A file to be written: refused where it exists (unless `overwrite`) or where it is a folder."""
+    path = path.expanduser()
+    if path.is_dir():
+        raise SafecritError(f"{path}: is a folder, the output is a file. Choose another -o.")
+    if path.exists() and not overwrite:
+        raise SafecritError(f"{path}: exists. Use --overwrite or another -o.")
+    return path
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for provenance."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"python": platform.python_version(), "platform": platform.platform(), "versions": versions}
+
+
+def _write(file: Path, command: str, config: dict[str, Any], *, finished: bool) -> None:
+    content = {
+        "command": command,
+        "config": config,
+        "finished": finished,
+        "command_line": " ".join(sys.argv),
+        "environment": environment(),
+    }
+    write_text(file, yaml.safe_dump(content, sort_keys=True, allow_unicode=True))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise SafecritError(f"{file}: cannot be read ({type(error).__name__}). Remove the folder or choose another -o.") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

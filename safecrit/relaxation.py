@@ -1,0 +1,128 @@
+"""Logits to relaxed tokens: where the gradient leaves the judge and enters the model (METHOD section 2, steps 3 and 4).
+
+p = softmax((L + g) / tau) replaces each answer token by a mixture. The mixture
+shifts the judge's embedding of the real text, so the value depends on the
+weights and yet equals the judge's own reading when p is the token itself:
+
+    e_j = E[y_j] + sum_t A[j,t] (p_t - onehot(y_t)) P E
+
+Forward and backward are written out, so that only one chunk of positions times
+the vocabulary is ever held in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Kind = Literal["gumbel", "gumbel-conditional", "softmax"]
+CHUNK_BYTES = 64 << 20  # of one [chunk, V] buffer; a few of them are alive at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelaxationSettings:
+    """How logits become relaxed tokens.
+
+    `kind`: `gumbel` adds independent noise (the paper's choice), `gumbel-conditional`
+    draws the noise given that the answer's own token wins, `softmax` adds none.
+    `tau`: temperature. `draws`: independent draws whose gradients are averaged.
+    """
+
+    kind: Kind = "gumbel"
+    tau: float = 0.3
+    draws: int = 8
+    seed: int = 0
+
+    @property
+    def effective_draws(self) -> int:
+        """Draws that differ: without noise there is only one."""
+        return 1 if self.kind == "softmax" else self.draws
+
+
+def noise_seed(seed: int, prompt: str, draw: int, position: int) -> int:
+    """A 63-bit seed of one row of noise; depends on nothing but its arguments, so batches and chunks cannot matter."""
+    digest = hashlib.blake2b(f"{seed}/{prompt}/{draw}/{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relaxed:
+    """One prompt's answer, relaxed: [T] positions, V tokens, d judge dimensions.
+
+    logits [T, V] at the answer's positions (any float dtype, no graph), ids [T]
+    int64 the answer's tokens, live bool [V] tokens the judge can read,
+    bridged [V, d] = P E, weights [m, T] = A, prompt: the hash that seeds the noise.
+    """
+
+    logits: torch.Tensor
+    ids: torch.Tensor
+    live: torch.Tensor
+    bridged: torch.Tensor
+    weights: torch.Tensor
+    prompt: str
+    settings: RelaxationSettings
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the relaxation is computed in: float32, or float64 for float64 logits."""
+        return torch.promote_types(self.logits.dtype, torch.float32)
+
+    def _chunks(self) -> list[slice]:
+        positions, vocabulary = self.logits.shape
+        step = max(1, CHUNK_BYTES // (4 * vocabulary))
+        return [slice(start, min(start + step, positions)) for start in range(0, positions, step)]
+
+    def probabilities(self, draw: int, rows: slice) -> torch.Tensor:
+        """p of one draw at some positions, [rows, V]; the same whenever it is asked for."""
+        logits = self.logits[rows].to(self.dtype).masked_fill(~self.live, -torch.inf)
+        if self.settings.kind != "softmax":
+            uniform = torch.stack(
+                [
+                    torch.rand(
+                        logits.shape[1],
+                        generator=torch.Generator().manual_seed(noise_seed(self.settings.seed, self.prompt, draw, position)),
+                    )
+                    for position in range(rows.start, rows.stop)
+                ]
+            ).to(device=logits.device, dtype=self.dtype)
+            smallest = torch.finfo(torch.float32).tiny
+            gumbel = -torch.log(-torch.log(uniform.clamp(smallest, 1 - 2**-24)))
+            if self.settings.kind == "gumbel-conditional":
+                # An answer token that the judge cannot read may win, but has no share in the mixture.
+                logits = conditional_gumbel(logits, self.ids[rows], gumbel).masked_fill(~self.live, -torch.inf)
+            else:
+                logits = logits + gumbel
+        return torch.softmax(logits / self.settings.tau, dim=-1)
+
+    def shift(self, draw: int) -> torch.Tensor:
+        """A (p - onehot(y)) P E of one draw: what is added to the judge's embeddings, [m, d]."""
+        rows = [self.probabilities(draw, rows) @ self.bridged for rows in self._chunks()]
+        return self.weights @ (torch.cat(rows) - self.bridged[self.ids])
+
+    def backward(self, draw: int, grad: torch.Tensor, out: torch.Tensor) -> None:
+        """Add d s / d logits of one draw to `out` [T, V], given grad = d s / d shift [m, d]."""
+        into_tokens = self.weights.T @ grad
+        for rows in self._chunks():
+            p = self.probabilities(draw, rows)
+            through = into_tokens[rows] @ self.bridged.T
+            through -= (p * through).sum(dim=-1, keepdim=True)
+            out[rows] += p.mul_(through).div_(self.settings.tau)
+
+
+def conditional_gumbel(logits: torch.Tensor, winners: torch.Tensor, gumbel: torch.Tensor) -> torch.Tensor:
+    """Logits plus Gumbel noise drawn given that `winners` [T] have the largest sum; gumbel [T, V] is independent noise.
+
+    The winner's sum is a Gumbel shifted by logsumexp(logits); every other sum is
+    a Gumbel of its own location, truncated at the winner's (Maddison, Tarlow and
+    Minka, "A* Sampling", 2014, section 3). The noise (result - logits) is a constant
+    of the point where it was drawn: no gradient flows through it.
+    """
+    rows = torch.arange(len(winners), device=logits.device)
+    top = gumbel[rows, winners] + torch.logsumexp(logits, dim=-1)
+    own = logits + gumbel
+    below = -torch.log(torch.exp(-own) + torch.exp(-top)[:, None])
+    below[rows, winners] = top
+    return below

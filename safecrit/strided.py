@@ -1,0 +1,73 @@
+"""A strided pattern inside a row-major tensor: how safecrit names a part of a weight.
+
+One description serves two needs. A checkpoint tensor is such a part of the
+parameter that transformers built from it (expert 3 of a fused bank), and a
+logical matrix is such a part of a checkpoint tensor (the value columns of
+GPT-2's `c_attn`, the query rows of every head in GPT-NeoX).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous row-major tensor of `shape`."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+@dataclass(frozen=True)
+class Strided:
+    """Elements `offset + sum(i_d * strides[d])`, `0 <= i_d < shape[d]`, of a flat row-major tensor."""
+
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Strided:
+        """All of a row-major tensor of `shape`."""
+        return cls(0, tuple(shape), row_major(shape))
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def is_row_major(self) -> bool:
+        """Whether the elements lie side by side, in order, from `offset` on."""
+        return self.strides == row_major(self.shape) or self.numel <= 1
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of `tensor` (contiguous, any shape) that this pattern names, as a view of `shape`."""
+        if not tensor.is_contiguous():
+            raise ValueError("a strided pattern is defined on a contiguous tensor")
+        return tensor.as_strided(self.shape, self.strides, tensor.storage_offset() + self.offset)
+
+    def flat_indices(self) -> torch.Tensor:
+        """Flat indices of the elements, int64 [numel], in the pattern's own order."""
+        index = torch.full((), self.offset, dtype=torch.int64)
+        for size, stride in zip(self.shape, self.strides, strict=True):
+            index = index.unsqueeze(-1) + torch.arange(size, dtype=torch.int64) * stride
+        return index.reshape(-1)
+
+    def contains(self, flat: torch.Tensor) -> torch.Tensor:
+        """Which of `flat` (int64 [n]) belong to the pattern, bool [n]; dimensions must nest."""
+        rest = flat - self.offset
+        inside = rest >= 0
+        for stride, size in sorted(zip(self.strides, self.shape, strict=True), reverse=True):
+            if size == 1:
+                continue
+            digit = torch.div(rest, stride, rounding_mode="floor")
+            inside &= digit < size
+            rest = rest - digit * stride
+        return inside & (rest == 0)

@@ -1,0 +1,27 @@
+"""Fixtures shared by all tests: material beside the checkout, and a cache of our own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data, tokenizers and a small real model beside the checkout; skips where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the shared material at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep fingerprint and bridge caches of a test inside its own folder."""
+    monkeypatch.setenv("SAFECRIT_CACHE", str(tmp_path / "cache"))

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from safecrit import ops
+
+OP = "sparse_adamw_"
+SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def state(k: int, device: str) -> list[torch.Tensor]:
+    return [torch.zeros(k, device=device) for _ in range(2)]
+
+
+@pytest.mark.parametrize("k", [1, 7, 64, 105])
+def test_follows_torch_adamw_over_steps(target, k):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(7, 15, generator=generator)
+    indices = torch.randperm(105, generator=generator)[:k].sort().values
+    theirs = start.clone().to(target.device).requires_grad_()
+    optimizer = torch.optim.AdamW([theirs], **SETTINGS, foreach=False)
+    weight, chosen = start.clone().to(target.device), indices.to(target.device)
+    master = weight.view(-1)[chosen]
+    moments = state(k, target.device)
+    for step in range(1, 6):
+        gradient = torch.randn(7, 15, generator=generator).to(target.device)
+        theirs.grad = gradient.clone()
+        optimizer.step()
+        ops.sparse_adamw_(
+            weight, chosen, gradient.view(-1)[chosen], master, *moments, step=step, **SETTINGS, backend=target.backend
+        )
+    torch.testing.assert_close(weight.view(-1)[chosen], theirs.detach().view(-1)[chosen], rtol=2e-6, atol=1e-7)
+    rest = torch.ones(105, dtype=torch.bool)
+    rest[indices] = False
+    assert torch.equal(weight.cpu().view(-1)[rest], start.view(-1)[rest])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_small_steps_add_up_in_the_master_copy(target, dtype):
+    weight = torch.ones(10, dtype=dtype, device=target.device)
+    indices = torch.tensor([2, 9], device=target.device)
+    master = weight[indices].float()
+    moments = state(2, target.device)
+    quiet = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    for step in range(1, 101):
+        ops.sparse_adamw_(
+            weight, indices, torch.ones(2, device=target.device), master, *moments, step=step, **quiet,
+            backend=target.backend,
+        )  # fmt: skip
+    torch.testing.assert_close(master.cpu(), torch.full((2,), 0.99), rtol=1e-5, atol=0)
+    assert torch.equal(weight[indices], master.to(dtype))
+    assert weight.cpu().double().sum() == 8 + 2 * float(master[0].to(dtype))
+
+
+def test_clip_scales_the_gradient(target):
+    results = []
+    for scale, clip in ((1.0, 0.25), (0.25, 1.0)):
+        weight, indices = torch.ones(4, device=target.device), torch.tensor([1], device=target.device)
+        master, moments = weight[indices], state(1, target.device)
+        gradient = torch.full((1,), scale, device=target.device)
+        ops.sparse_adamw_(
+            weight, indices, gradient, master, *moments, step=1, **SETTINGS, clip=clip, backend=target.backend
+        )
+        results.append([weight, *moments])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_nothing_selected(target):
+    weight = torch.ones(4, device=target.device)
+    empty = torch.empty(0, device=target.device)
+    ops.sparse_adamw_(
+        weight, empty.long(), empty, empty.clone(), *state(0, target.device), step=1, **SETTINGS, backend=target.backend
+    )
+    assert torch.equal(weight.cpu(), torch.ones(4))
+
+
+def test_a_leaf_that_requires_grad_is_updated():
+    weight = torch.nn.Parameter(torch.ones(4))
+    ops.sparse_adamw_(weight, torch.tensor([1]), torch.ones(1), torch.ones(1), *state(1, "cpu"), step=1, **SETTINGS)
+    assert weight.tolist()[1] < 1
+
+
+def test_refused():
+    good = {
+        "weight": torch.ones(4), "indices": torch.tensor([1]), "grad_k": torch.ones(1), "master": torch.ones(1),
+        "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1), "step": 1,
+    } | SETTINGS  # fmt: skip
+    for change, message in [
+        ({"step": 0}, "step"),
+        ({"betas": (1.0, 0.9)}, "betas"),
+        ({"lr": float("nan")}, "lr"),
+        ({"master": torch.ones(2)}, "master"),
+        ({"exp_avg": torch.zeros(1, dtype=torch.float64)}, "exp_avg"),
+        ({"weight": torch.ones(2, 2).t()}, "contiguous"),
+        ({"indices": torch.tensor([1], dtype=torch.int32)}, "int64"),
+        ({"grad_k": torch.ones(1, device="meta")}, "grad_k on meta"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ops.sparse_adamw_(**good | change)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from safecrit import relaxation
+from safecrit.relaxation import Relaxed, RelaxationSettings, conditional_gumbel
+
+
+def made(kind: str = "gumbel", tau: float = 0.5, tokens: int = 5, vocabulary: int = 23) -> Relaxed:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    live = torch.ones(vocabulary, dtype=torch.bool)
+    live[[0, 7]] = False
+    bridged = normal(vocabulary, 4)
+    bridged[~live] = 0
+    return Relaxed(
+        logits=normal(tokens, vocabulary) * 3,
+        ids=torch.tensor([3, 1, 7, 22, 9][:tokens]),
+        live=live,
+        bridged=bridged,
+        weights=torch.rand(6, tokens, generator=generator, dtype=torch.float64),
+        prompt="p",
+        settings=RelaxationSettings(kind=kind, tau=tau, draws=3, seed=1),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("kind", ["gumbel", "softmax"])
+def test_written_out_backward_equals_autograd(kind: str) -> None:
+    one = made(kind)
+    grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    logits = one.logits.clone().requires_grad_(True)
+    traced = dataclasses.replace(one, logits=logits)
+    (traced.shift(1) * grad).sum().backward()
+    out = torch.zeros_like(one.logits)
+    one.backward(1, grad, out)
+    torch.testing.assert_close(out, logits.grad, rtol=1e-12, atol=1e-14)
+    assert (out[:, ~one.live] == 0).all()
+
+
+def test_conditional_noise_is_constant_at_the_point_it_was_drawn() -> None:
+    one = made("gumbel-conditional")
+    p = one.probabilities(0, slice(0, 5))
+    grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    out = torch.zeros_like(one.logits)
+    one.backward(0, grad, out)
+    logits = one.logits.masked_fill(~one.live, -torch.inf)
+    sums = torch.log(p) * one.settings.tau
+    free = logits.clone().requires_grad_(True)
+    noise = torch.where(one.live, sums - logits, torch.zeros_like(sums))
+    q = torch.softmax((free + noise) / one.settings.tau, -1)
+    ((one.weights @ (q @ one.bridged)) * grad).sum().backward()
+    torch.testing.assert_close(out, torch.nan_to_num(free.grad), rtol=1e-9, atol=1e-12)
+
+
+def test_chunks_do_not_change_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = made()
+    whole = one.shift(2)
+    monkeypatch.setattr(relaxation, "CHUNK_BYTES", 4 * 23 * 2)
+    torch.testing.assert_close(one.shift(2), whole, rtol=1e-14, atol=1e-14)
+    assert len(one._chunks()) == 3
+
+
+def test_draws_and_prompts_have_their_own_noise() -> None:
+    one, rows = made(), slice(0, 5)
+    assert torch.equal(one.probabilities(0, rows), one.probabilities(0, rows))
+    assert not torch.equal(one.probabilities(0, rows), one.probabilities(1, rows))
+    assert not torch.equal(one.probabilities(0, rows), dataclasses.replace(one, prompt="q").probabilities(0, rows))
+
+
+def test_a_sharp_relaxation_of_certain_logits_changes_nothing() -> None:
+    one = made("softmax", tau=0.01)
+    logits = torch.full_like(one.logits, -50.0)
+    ids = torch.tensor([3, 1, 2, 22, 9])
+    logits[torch.arange(5), ids] = 50.0
+    sure = dataclasses.replace(one, logits=logits, ids=ids)
+    assert float(sure.shift(0).abs().max()) < 1e-12
+
+
+def test_conditional_gumbel_follows_the_truncated_distribution() -> None:
+    """The winner always wins, and the runner-up is distributed as in noise that happens to make it win."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.5, -1.0, 1.5, 0.0], dtype=torch.float64).expand(40_000, 4)
+
+    def gumbel() -> torch.Tensor:
+        return -torch.log(-torch.log(torch.rand(40_000, 4, generator=generator, dtype=torch.float64)))
+
+    sums = conditional_gumbel(logits, torch.full((40_000,), 0), gumbel())
+    assert (sums.argmax(1) == 0).all()
+    free = logits + gumbel()
+    won = free[free.argmax(1) == 0]
+    for column in range(4):
+        error = (won[:, column].std() / len(won) ** 0.5) * 5
+        assert abs(float(sums[:, column].mean() - won[:, column].mean())) < error
