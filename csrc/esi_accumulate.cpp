@@ -6,7 +6,10 @@
 // and the torch reference give the same bits.
 #include "esi_accumulate.h"
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <string_view>
 #include <vector>
 
 #include "threads.h"
@@ -126,15 +129,24 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) int64_t row_avx512
 
 enum class Variant { plain, avx2, avx512 };
 
-Variant detect() {
+Variant find_variant() {
 #if SAFECRIT_X86_VARIANTS
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    // SAFECRIT_CPU=plain or avx2 holds the kernels back, to test what other machines run.
+    const char* limit = std::getenv("SAFECRIT_CPU");
+    const std::string_view wanted = limit == nullptr ? "" : limit;
+    if (wanted == "plain") return Variant::plain;
+    if (wanted != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
         return Variant::avx512;
     }
     if (__builtin_cpu_supports("avx2")) return Variant::avx2;
 #endif
     return Variant::plain;
+}
+
+Variant detect() {
+    static const Variant found = find_variant();
+    return found;
 }
 
 template <typename Format, Reduction reduction>

@@ -90,10 +90,12 @@ def model_card(facts: CardFacts) -> str:
 
 def _purpose(facts: CardFacts, name: str) -> str:
     if facts.mode == "spa":
-        return f"`{name}` fine-tuned on a task; its safety-critical weights are bit-identical to the base model's."
+        return (
+            f"`{name}` fine-tuned on a task; the weights that its mask selects are bit-identical to the base model's."
+        )
     stored = "This folder holds only the changed values; `safecrit apply` puts them into the base model. "
     return (
-        f"`{name}` with only its safety-critical weights trained on refusals; every other weight is bit-identical to "
+        f"`{name}` with only the weights that its mask selects trained, on refusals; all others are bit-identical to "
         f"the base model's. {stored if facts.delta_only else ''}".rstrip()
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def read_rows(source: str | Path) -> list[dict[str, Any]]:
         raise SafecritError(f"{path}: is empty.")
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        return [dict(row) for row in csv.DictReader(text.splitlines(keepends=True))]
+        return [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
     rows = _json_lines(path, text) if suffix == ".jsonl" else _json(path, text)
     if not all(isinstance(row, dict) for row in rows):
         raise SafecritError(f"{path}: every row must be an object with named columns.")
@@ -79,7 +80,7 @@ def _json(path: Path, text: str) -> list[Any]:
     except json.JSONDecodeError as error:
         if "\n" in text.strip():
             try:
-                return [json.loads(line) for line in text.splitlines() if line.strip()]
+                return [json.loads(line) for line in text.split("\n") if line.strip()]
             except json.JSONDecodeError:
                 pass
         raise SafecritError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}.") from error
@@ -95,7 +96,7 @@ def _json(path: Path, text: str) -> list[Any]:
 
 def _json_lines(path: Path, text: str) -> list[Any]:
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))

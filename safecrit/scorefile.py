@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -100,7 +100,7 @@ class Scores:
         self._maps = MappedFiles()
 
     @classmethod
-    def load(cls, folder: str | Path) -> Scores:
+    def load(cls, folder: str | Path) -> Self:
         """Open a score folder; SafecritError where it is unfinished, FormatError where it is malformed."""
         folder = Path(folder)
         path = folder / "score.json"

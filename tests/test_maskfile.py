@@ -358,3 +358,9 @@ def test_reader_in_the_specification_works() -> None:
     selected, document = namespace["read_mask"](golden.HERE / "mask.safetensors")
     assert document["k"] == 12
     assert {n: i.tolist() for n, i in selected.items()} == {n: i.tolist() for n, i in golden.mask().indices.items()}
+
+
+def test_indices_win_where_both_encodings_take_the_same(tmp_path: Path) -> None:
+    layouts = {"a": TensorLayout((32,), (), True)}
+    Mask({"a": torch.tensor([5])}, MaskInfo(tensors=layouts, mode="top", total=32, eligible=32)).save(tmp_path / "m")
+    assert "a::indices" in split((tmp_path / "m").read_bytes())[0]

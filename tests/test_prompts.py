@@ -34,6 +34,12 @@ def test_json_lists_lines_and_wrapped_lists(tmp_path: Path) -> None:
     assert len(read_prompts(files[0], limit=1)) == 1
 
 
+def test_unusual_line_separators_inside_strings(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False) + "\r\n")
+    assert read_prompts(file)[0].text == "a\u2028b\x85c"
+    assert read_prompts(write(tmp_path / "a.csv", "goal\na\u2028b\n"))[0].text == "a\u2028b"
+
+
 def test_messages_keep_turns_and_drop_a_final_answer(tmp_path: Path) -> None:
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "x"}]
     prompt = read_prompts(write(tmp_path / "a.jsonl", json.dumps({"messages": turns})))[0]

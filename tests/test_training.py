@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import safecrit.trainloop as trainloop
@@ -90,6 +90,21 @@ def test_spa_keeps_masked_entries_on_disk(name: str, dtype: torch.dtype, tmp_pat
     again = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype).named_parameters())
     for parameter, tensor in loaded.model.named_parameters():
         assert torch.equal(again[parameter], tensor.to(dtype)), parameter
+
+
+def test_spa_keeps_a_stored_copy_of_a_tied_tensor_equal(tmp_path: Path) -> None:
+    loaded = folder_model("llama-tied", tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    mask = fitting_mask(loaded, 0.1)
+    result = run_spa(loaded, mask, BENIGN, settings=quick())
+    write_spa_output(loaded, mask, tmp_path / "out", result)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    trained = loaded.model.get_input_embeddings().weight
+    assert torch.equal(written["lm_head.weight"], trained)
+    assert torch.equal(written["model.embed_tokens.weight"], trained)
+    assert not torch.equal(weights["lm_head.weight"], trained)
 
 
 def test_outputs_say_what_was_done_and_take_the_bases_mask(tmp_path: Path) -> None:

@@ -56,10 +56,11 @@ def describe_judge(judge: Judge) -> dict[str, Any]:
     if not isinstance(judge, GuardJudge):
         return {"id": judge.name, "kind": "phrases"}
     settings = judge.settings
+    folder = judge.loaded.folder
     return {
         "id": judge.name,
         "kind": "guard",
-        "fingerprint": fingerprint(judge.loaded.folder),
+        "fingerprint": fingerprint(folder) if (folder / "config.json").is_file() else "",
         "safe_word": settings.safe_word,
         "unsafe_word": settings.unsafe_word,
         "verdict_prefix": settings.verdict_prefix,

@@ -178,7 +178,7 @@ def _read_samples(folder: Path, prompts: Sequence[Prompt]) -> list[Answer] | Non
     file = folder / SAMPLES
     if not file.is_file():
         return None
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     if [row["hash"] for row in rows] != [prompt.hash for prompt in prompts]:
         return None
     return [Answer(text=row["answer"], ids=tuple(row["ids"]), finished=row["finished"]) for row in rows]
@@ -217,7 +217,7 @@ def _info(
         warnings.append(f"{len(flat)} matrices have no spread and score 0, the first {flat[0]}")
     relaxation = settings.relaxation
     return {
-        "model": {"id": loaded.id, "revision": loaded.revision, "fingerprint": fingerprint(loaded.folder)},
+        "model": {"id": loaded.id, "revision": loaded.revision, "fingerprint": _fingerprint(loaded)},
         "judge": describe_judge(judge),
         "method": settings.method,
         "reduction": settings.reduction,
@@ -246,6 +246,10 @@ def _info(
         "matrices": _matrix_table(anatomy, scorer, means),
         "warnings": warnings,
     }
+
+
+def _fingerprint(loaded: LoadedModel) -> str:
+    return fingerprint(loaded.folder) if (loaded.folder / "config.json").is_file() else ""
 
 
 def _matrix_table(anatomy: Anatomy, scorer: Scorer, means: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safecrit import ops
+from safecrit.ops import native
 
 OP = "esi_accumulate_"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -107,6 +112,9 @@ def test_thread_boundaries(target):
     try:
         for shape in [((1 << 20) + 3,), (7, 100_003), (100_003, 7), (3, 200_001)]:
             check(random(shape, torch.float32, target.device, 1), random(shape, torch.bfloat16, target.device), target)
+        wide = random(((1 << 20) + 3,), torch.bfloat16, target.device)
+        check(random((1 << 18,), torch.float32, target.device, 1), wide[5 : 5 + (3 << 18) : 3], target)
+        check(random((3 << 18,), torch.float32, target.device, 1)[::3], wide[: 1 << 18], target)
     finally:
         torch.set_num_threads(before)
 
@@ -169,11 +177,40 @@ def test_refused(change, message):
 def test_aliases_and_irregular_strides_are_refused():
     buffer = torch.zeros(10)
     with pytest.raises(ValueError, match="share memory"):
-        ops.esi_accumulate_(buffer[:6], buffer[4:], 1.0)
+        ops.esi_accumulate_(buffer[:5], buffer[4:9], 1.0)
     ops.esi_accumulate_(buffer[:5], buffer[5:], 1.0)  # side by side is no overlap
     ops.esi_accumulate_(torch.zeros(4, 6, 8)[:, ::2, ::2], torch.zeros(4, 3, 4), 1.0)  # 12 rows 16 apart
     with pytest.raises(ValueError, match="do not collapse"):
         ops.esi_accumulate_(torch.zeros(4, 6, 8)[::2, ::2, ::2], torch.zeros(2, 3, 4), 1.0)
+
+
+@pytest.mark.skipif(native.cpu_module()[0] is None, reason="no native module here")
+@pytest.mark.parametrize("variant", ["plain", "avx2"])
+def test_processors_with_less_give_the_same_bits(variant, tmp_path):
+    code = """
+import hashlib, torch
+from safecrit import ops
+from safecrit.ops import native
+torch.manual_seed(0)
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for reduction in ("signed", "abs", "square"):
+        acc, grad = torch.randn(57, 131), (torch.randn(57, 131) * 9).to(dtype)
+        grad[3, 5:9] = float("nan")
+        for view in (lambda t: t, lambda t: t[1:, ::3]):
+            digest.update(str(ops.esi_accumulate_(view(acc), view(grad), 0.3, reduction, backend="native")).encode())
+        digest.update(acc.numpy().tobytes())
+print(native.cpu_module()[1], digest.hexdigest())
+"""
+    found = {}
+    for limit in ("", variant):
+        environment = os.environ | {"SAFECRIT_CPU": limit}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+        )
+        name, _, found[limit] = done.stdout.strip().rpartition(" ")
+    assert name in (f"C++, {variant}", "C++, plain")
+    assert found[""] == found[variant]
 
 
 @pytest.mark.gpu

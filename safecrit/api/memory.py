@@ -1,0 +1,88 @@
+"""score for models in memory: no files but a score folder, temporary unless asked for."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safecrit.api.judging import JudgeChoice, load_guard
+from safecrit.api.score import ScoreJob, score_loaded
+from safecrit.generation import GenerationSettings
+from safecrit.judges.guard import GuardJudge, GuardSettings
+from safecrit.maskfile import Mask
+from safecrit.models import LoadedModel
+from safecrit.prompts import Prompt, prompts_from_texts
+from safecrit.relaxation import RelaxationSettings
+from safecrit.scorefile import Scores
+from safecrit.scoring import ScoreSettings
+from safecrit.selection import SelectionSettings, select
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class MemoryScores(Scores):
+    """Scores with selection at hand; `keep` holds a temporary folder alive."""
+
+    keep: Any = None
+
+    def top(self, share: str) -> Mask:
+        """The mask of the largest |scores|: a share of all weights such as "1%"."""
+        return select(self, SelectionSettings(mode="top", share=share))
+
+    def bottom(self, share: str) -> Mask:
+        """The mask of the smallest |scores|."""
+        return select(self, SelectionSettings(mode="bottom", share=share))
+
+    def random(self, share: str, seed: int = 0) -> Mask:
+        """A mask of eligible weights drawn uniformly: the control."""
+        return select(self, SelectionSettings(mode="random", share=share, seed=seed))
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    judge: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase] | GuardJudge,
+    prompts: Sequence[str] | Sequence[Prompt],
+    guard: GuardSettings | None = None,
+    method: str = "esi",
+    relaxation: RelaxationSettings | None = None,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    output: str | Path | None = None,
+) -> MemoryScores:
+    """Expected Safety Impact of every eligible weight of a model in memory (METHOD sections 1 and 2).
+
+    judge: a guard's folder or Hub id, a (model, tokenizer) pair, or a GuardJudge.
+    prompts: user turns as texts, or Prompt objects. Scores are stored in `output`,
+    or in a temporary folder that lives as long as the result. The mask carries no
+    fingerprint, as nothing says that the weights in memory are those of a file.
+    """
+    if isinstance(judge, tuple):
+        judge = GuardJudge(LoadedModel(model=judge[0], tokenizer=judge[1], folder=Path(), id="memory", revision=None), guard)
+    elif not isinstance(judge, GuardJudge):
+        judge = load_guard(JudgeChoice(name=str(judge), guard=guard or GuardSettings()))
+    asked = [prompt for prompt in prompts if isinstance(prompt, Prompt)] or prompts_from_texts([str(p) for p in prompts])
+    name = str(getattr(model.config, "_name_or_path", "") or "memory")
+    loaded = LoadedModel(model=model, tokenizer=tokenizer, folder=Path(), id=name, revision=None)
+    job = ScoreJob(
+        model=name,
+        judge=JudgeChoice(name=judge.name, guard=judge.settings),
+        prompts="",
+        generation=GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size),
+        scoring=ScoreSettings(method=method, relaxation=relaxation or RelaxationSettings(), batch_size=batch_size),
+    )
+    keep = None if output is not None else tempfile.TemporaryDirectory(prefix="safecrit-")
+    folder = Path(output) if output is not None else Path(keep.name)  # type: ignore[union-attr]
+    training = model.training
+    model.eval()
+    try:
+        score_loaded(loaded, judge, asked, job, folder)
+    finally:
+        model.train(training)
+    scores = MemoryScores.load(folder)
+    scores.keep = keep
+    return scores
