@@ -169,8 +169,8 @@ def byte_spans(ids: Sequence[int], text: str, vocab: Vocabulary, tokenizer: PreT
                 end = _end_of_marked(piece[1:], data, at)
         if end is None:
             raise SafecritError(
-                f"the judge's tokenizer rewrites text (token {n}, {tokenizer.convert_ids_to_tokens(int(i))!r}, does not spell it); "
-                "use a judge with a byte-level or SentencePiece tokenizer without normalisation."
+                f"the judge's tokenizer rewrites text (token {n}, {tokenizer.convert_ids_to_tokens(int(i))!r}, does "
+                "not spell it); use a judge with a byte-level or SentencePiece tokenizer without normalisation."
             )
         spans[n] = at, end
         at = end

@@ -1,4 +1,4 @@
-"""What this machine and installation can do: versions, devices, backends with reasons, every op run against its reference."""
+"""What this machine and installation can do: versions, devices, backends with reasons, every op checked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,7 +51,9 @@ def check_ops() -> list[OpCheck]:
             wrong = _CHECKS[row.op](row.backend, device)
         except (RuntimeError, ValueError) as error:
             wrong = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        checks.append(OpCheck(row.op, row.backend, wrong is None, wrong or f"agrees with the reference on {device.type}"))
+        checks.append(
+            OpCheck(row.op, row.backend, wrong is None, wrong or f"agrees with the reference on {device.type}")
+        )
     return checks
 
 
@@ -98,24 +101,24 @@ def _select_top(backend: str, device: torch.device) -> str | None:
 
 def _adamw(backend: str, device: torch.device, *, masked: bool) -> str | None:
     weight, grad = _made(513), _made(513, seed=1)
-    settings = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
-    parameter = torch.nn.Parameter(weight.clone())
-    parameter.grad = grad.clone()
-    torch.optim.AdamW([parameter], **settings).step()  # type: ignore[arg-type]
-    selected = torch.arange(0, 513, 3)
-    ours = weight.clone().to(device)
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    stepped = torch.nn.Parameter(weight.clone())
+    stepped.grad = grad.clone()
+    torch.optim.AdamW([stepped], **settings).step()
+    settings |= {"step": 1, "backend": backend}
+    selected, ours = torch.arange(0, 513, 3), weight.clone().to(device)
     if masked:
-        bits = ops.bits_from_indices(selected, 513).to(device)
-        moments = (torch.zeros_like(ours), torch.zeros_like(ours))
-        ops.masked_adamw_(ours, grad.to(device), *moments, bits, step=1, backend=backend, **settings)  # type: ignore[arg-type]
-        expected = parameter.detach().clone()
+        expected = stepped.detach().clone()
         expected[selected] = weight[selected]
+        bits = ops.bits_from_indices(selected, 513).to(device)
+        zeros = torch.zeros_like(ours)
+        ops.masked_adamw_(ours, grad.to(device), zeros, zeros.clone(), bits, **settings)
     else:
-        state = [tensor.to(device) for tensor in (grad[selected], weight[selected].clone())]
-        moments = (torch.zeros_like(state[0]), torch.zeros_like(state[0]))
-        ops.sparse_adamw_(ours, selected.to(device), *state, *moments, step=1, backend=backend, **settings)  # type: ignore[arg-type]
         expected = weight.clone()
-        expected[selected] = parameter.detach()[selected]
+        expected[selected] = stepped.detach()[selected]
+        some, master = grad[selected].to(device), weight[selected].to(device)
+        zeros = torch.zeros_like(some)
+        ops.sparse_adamw_(ours, selected.to(device), some, master, zeros, zeros.clone(), **settings)
     return _differ("weight", ours, expected, 1e-6)
 
 

@@ -37,7 +37,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise SafecritError(
-            f"{path}: could not be written ({error.strerror or error}). Nothing was changed; free some space or choose another -o."
+            f"{path}: could not be written ({error.strerror or error}). Nothing was changed; "
+            "free some space or choose another -o."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

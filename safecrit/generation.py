@@ -43,7 +43,11 @@ class Answer:
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: the model's and the tokenizer's EOS, ascending."""
     ids: set[int] = set()
-    for value in (getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+    for value in (
+        getattr(model.generation_config, "eos_token_id", None),
+        model.config.eos_token_id,
+        tokenizer.eos_token_id,
+    ):
         if value is not None:
             ids.update([value] if isinstance(value, int) else value)
     return sorted(ids)
@@ -122,11 +126,17 @@ def _generate_batch(
         attention[row, longest - len(ids) :] = 1
     room = max_new_tokens if window is None else min(max_new_tokens, window - longest)
     own = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max(1, room), pad_token_id=pad, eos_token_id=ends or None, use_cache=True
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max(1, room),
+        pad_token_id=pad,
+        eos_token_id=ends or None,
+        use_cache=True,
     )
+    generator: Any = model
     inherited, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        made: Any = model.generate(
+        made: Any = generator.generate(
             input_ids=tokens.to(model.device), attention_mask=attention.to(model.device), generation_config=own
         )
     finally:
@@ -135,7 +145,7 @@ def _generate_batch(
     for row in made[:, longest:].tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), None)
         ids = row if stop is None else row[:stop]
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         answers.append(Answer(text=text, ids=tuple(ids), finished=stop is not None))
     return answers
 

@@ -61,10 +61,12 @@ def resolve_folder(model: str | Path, *, revision: str | None = None) -> Path:
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise SafecritError(f"{name}: no such folder. Give a model folder or a Hub id such as owner/name.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.gguf", "original/*", "*.onnx", "*.h5"]))
+        return Path(
+            snapshot_download(name, revision=revision, ignore_patterns=["*.gguf", "original/*", "*.onnx", "*.h5"])
+        )
     except GatedRepoError as error:
         raise SafecritError(
             f"{name}: is gated. Accept its terms at https://huggingface.co/{name}, then run `hf auth login`."
@@ -122,26 +124,34 @@ def load_model(
     folder = resolve_folder(model, revision=revision)
     config = read_config(folder)
     if "quantization_config" in config:
-        raise SafecritError(f"{model}: is quantised; gradients need the full-precision weights. Use the original model.")
+        raise SafecritError(
+            f"{model}: is quantised; gradients need the full-precision weights. Use the original model."
+        )
     if dtype != "auto" and dtype not in DTYPES:
         raise SafecritError(f"--dtype {dtype}: unknown. Use auto, {', '.join(DTYPES)}.")
     place = pick_device(device)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    loaded: PreTrainedModel
+    problems: dict[str, Any]
     try:
         loaded, problems = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto" if dtype == "auto" else DTYPES[dtype],
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-        )
+        )  # type: ignore[misc]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise SafecritError(f"{model}: cannot be loaded as a causal language model ({_first_line(error)}).") from error
     missing = sorted(problems.get("missing_keys", ()))
     if missing:
-        raise SafecritError(f"{model}: its checkpoint lacks {len(missing)} weights, the first {missing[0]}. Download it again.")
+        raise SafecritError(
+            f"{model}: its checkpoint lacks {len(missing)} weights, the first {missing[0]}. Download it again."
+        )
     if any(folder.glob("model*.safetensors")):
         keep_stored_names(loaded, checkpoint_tensors(folder))
-    return LoadedModel(model=loaded.eval().to(place), tokenizer=tokenizer, folder=folder, id=str(model), revision=revision)
+    return LoadedModel(
+        model=loaded.eval().to(place), tokenizer=tokenizer, folder=folder, id=str(model), revision=revision
+    )
 
 
 def _first_line(error: BaseException) -> str:

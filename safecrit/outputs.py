@@ -74,7 +74,9 @@ def open_output(
                 f"{path}: holds a run with other settings ({'; '.join(differing)}). Use --overwrite or another -o."
             )
         elif earlier.get("finished"):
-            raise SafecritError(f"{path}: already holds the finished run of these settings. Use --overwrite or another -o.")
+            raise SafecritError(
+                f"{path}: already holds the finished run of these settings. Use --overwrite or another -o."
+            )
         else:
             resumed = True
     _write(config_file, command, config, finished=False)
@@ -117,9 +119,13 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise SafecritError(f"{file}: cannot be read ({type(error).__name__}). Remove the folder or choose another -o.") from error
+        raise SafecritError(
+            f"{file}: cannot be read ({type(error).__name__}). Remove the folder or choose another -o."
+        ) from error
     return value if isinstance(value, dict) else {}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
+    ]

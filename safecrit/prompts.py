@@ -53,14 +53,18 @@ def read_rows(source: str | Path) -> list[dict[str, Any]]:
     path = Path(source)
     if not path.exists():
         if path.suffix.lower() in (".csv", ".json", ".jsonl") or str(source).count("/") != 1:
-            raise SafecritError(f"{source}: no such file. Give a CSV, JSON or JSONL file, or a Hub data set owner/name.")
+            raise SafecritError(
+                f"{source}: no such file. Give a CSV, JSON or JSONL file, or a Hub data set owner/name."
+            )
         return _hub_rows(str(source))
     if path.is_dir():
         raise SafecritError(f"{path}: is a folder. Give a CSV, JSON or JSONL file.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SafecritError(f"{path}: is no UTF-8 text (byte {error.start}). Give a CSV, JSON or JSONL file.") from error
+        raise SafecritError(
+            f"{path}: is no UTF-8 text (byte {error.start}). Give a CSV, JSON or JSONL file."
+        ) from error
     except OSError as error:
         raise SafecritError(f"{path}: cannot be read ({error.strerror}).") from error
     if not text.strip():
@@ -83,7 +87,9 @@ def _json(path: Path, text: str) -> list[Any]:
                 return [json.loads(line) for line in text.split("\n") if line.strip()]
             except json.JSONDecodeError:
                 pass
-        raise SafecritError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}.") from error
+        raise SafecritError(
+            f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}."
+        ) from error
     if isinstance(value, dict):
         lists = [entry for entry in value.values() if isinstance(entry, list)]
         if len(lists) == 1:
@@ -101,7 +107,9 @@ def _json_lines(path: Path, text: str) -> list[Any]:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise SafecritError(f"{path}: broken JSON at line {number}, column {error.colno}: {error.msg}.") from error
+                raise SafecritError(
+                    f"{path}: broken JSON at line {number}, column {error.colno}: {error.msg}."
+                ) from error
     return rows
 
 
@@ -134,7 +142,8 @@ def read_prompts(source: str | Path, limit: int | None = None) -> list[Prompt]:
     if column is None:
         known = ", ".join(("messages", *PROMPT_COLUMNS))
         raise SafecritError(
-            f"{source}: no known prompt column. Found: {', '.join(map(str, found)) or 'none'}. Known: {known}. Rename one."
+            f"{source}: no known prompt column. Found: {', '.join(map(str, found)) or 'none'}. "
+            f"Known: {known}. Rename one."
         )
     answers = next((name for name in ANSWER_COLUMNS if name in found), None)
     category = next((name for name in CATEGORY_COLUMNS if name in found), None)
@@ -181,5 +190,7 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> tuple[Mapping[str
     text = row.get(column)
     if not isinstance(text, str) or not text.strip():
         return None
-    context = next((row[name] for name in CONTEXT_COLUMNS if isinstance(row.get(name), str) and row[name].strip()), None)
+    context = next(
+        (row[name] for name in CONTEXT_COLUMNS if isinstance(row.get(name), str) and row[name].strip()), None
+    )
     return ({"role": "user", "content": f"{context}\n\n{text}" if context else text},)

@@ -83,7 +83,9 @@ class Relaxed:
                 [
                     torch.rand(
                         logits.shape[1],
-                        generator=torch.Generator().manual_seed(noise_seed(self.settings.seed, self.prompt, draw, position)),
+                        generator=torch.Generator().manual_seed(
+                            noise_seed(self.settings.seed, self.prompt, draw, position)
+                        ),
                     )
                     for position in range(rows.start, rows.stop)
                 ]

@@ -1,4 +1,4 @@
-"""Expected Safety Impact of every weight: the judge's gradient through the model's own answers (METHOD sections 1 and 2).
+"""Expected Safety Impact of every weight: the judge's gradient through the model's own answers.
 
 Two passes, cut at the logits. The judge's side gives dS/dlogits for each answer
 (`logit_gradients`); the model's side sends that back through its weights, one
@@ -27,7 +27,7 @@ from safecrit.bridge import (
 from safecrit.errors import SafecritError
 from safecrit.gradients import GradientStream, Reduction
 from safecrit.judges.guard import GuardInput, GuardJudge
-from safecrit.relaxation import Relaxed, RelaxationSettings
+from safecrit.relaxation import RelaxationSettings, Relaxed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """How scores are made. Batch sizes in prompts (model) and conversations (judge); `max_dropped` a share of prompts."""
+    """How scores are made; batch sizes in prompts (model) and conversations (judge), `max_dropped` a share."""
 
     method: str = "esi"
     reduction: Reduction = "signed"
@@ -96,6 +96,7 @@ class Bridge:
             entry = self.judge.read(item.prompt, spelt.text, item.answer_ids)
             return entry, torch.eye(len(item.answer_ids))
         entry = self.judge.read(item.prompt, spelt.text)
+        assert entry.spans is not None
         return entry, position_matrix(entry.spans, spelt.spans)
 
 
@@ -132,7 +133,9 @@ def logit_gradients(
     draws = settings.relaxation.effective_draws
     gradients = [torch.zeros_like(one.logits, dtype=one.dtype) for one in relaxed]
     values = [0.0] * len(items)
-    work = sorted(((n, d) for n in range(len(items)) for d in range(draws)), key=lambda nd: (len(entries[nd[0]].ids), nd))
+    work = sorted(
+        ((n, d) for n in range(len(items)) for d in range(draws)), key=lambda nd: (len(entries[nd[0]].ids), nd)
+    )
     for start in range(0, len(work), settings.judge_batch_size):
         chunk = work[start : start + settings.judge_batch_size]
         leaves = []
@@ -173,7 +176,7 @@ def forward_logits(model: PreTrainedModel, items: Sequence[Item]) -> tuple[torch
 
 
 class Scorer:
-    """Runs items through judge and model, batch by batch, in a plan that does not depend on where a run was interrupted."""
+    """Runs items through judge and model in batches whose plan does not depend on interruptions."""
 
     def __init__(
         self,
@@ -215,7 +218,11 @@ class Scorer:
             while self.state.batches < len(self.plan):
                 number = self.state.batches
                 batch = self.plan[number]
-                clean = all([self._batch([item], guard=True) for item in batch]) if number in one_by_one else self._batch(batch)
+                clean = (
+                    all([self._batch([item], guard=True) for item in batch])
+                    if number in one_by_one
+                    else self._batch(batch)
+                )
                 if not clean and number not in one_by_one:
                     # Part of the batch is already added: go back to the last saved state and take this batch apart.
                     one_by_one.add(number)
@@ -280,6 +287,7 @@ class Scorer:
             reasons = sorted({entry["reason"] for entry in self.state.dropped})
             rows = ", ".join(str(entry["row"] + 1) for entry in self.state.dropped[:5])
             raise SafecritError(
-                f"{dropped} of {self.total} prompts had to be dropped ({'; '.join(reasons)}; rows {rows}, ...), more than "
-                f"{self.settings.max_dropped:.0%}. Look at their answers in samples.jsonl; raise --max-new-tokens or use another judge."
+                f"{dropped} of {self.total} prompts had to be dropped ({'; '.join(reasons)}; rows {rows}, ...), more "
+                f"than {self.settings.max_dropped:.0%}. Look at their answers in samples.jsonl; raise "
+                "--max-new-tokens or use another judge."
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests import architectures
 import pytest
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from safecrit.anatomy import Anatomy, _seen_from, read_anatomy
 from safecrit.errors import SafecritError
 from safecrit.layout import layout_from_json, layout_to_json
 from safecrit.strided import Strided
+from tests import architectures
 
 IDS = torch.tensor([[5, 9, 31, 7, 12, 40, 3]])
 LLAMA_LAYER = [

@@ -76,7 +76,11 @@ def test_imports_point_one_way(relative: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["safecrit/**/*.py", "tests/**/*.py", "kernels/*.py", "csrc/*", "benchmarks/*.py"])
 def test_files_stay_short(pattern: str) -> None:
-    long = {str(p.relative_to(ROOT)): n for p in ROOT.glob(pattern) if p.is_file() and (n := len(p.read_bytes().splitlines())) > CEILING}
+    long = {
+        str(p.relative_to(ROOT)): n
+        for p in ROOT.glob(pattern)
+        if p.is_file() and (n := len(p.read_bytes().splitlines())) > CEILING
+    }
     assert not long
 
 
@@ -96,7 +100,9 @@ def test_readme_file_map_is_true() -> None:
         named.add(full)
         if path.endswith("/"):
             folders[depth + 1] = full
-    covered = tuple(name for name in named if name.endswith("/") and not any(o != name and o.startswith(name) for o in named))
+    covered = tuple(
+        name for name in named if name.endswith("/") and not any(o != name and o.startswith(name) for o in named)
+    )
     for relative in modules():
         if not relative.endswith("__init__.py"):
             assert relative in named or relative.startswith(covered), f"README's file map lacks {relative}"

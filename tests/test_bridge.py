@@ -7,7 +7,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from safecrit.bridge import byte_spans, identity_matrix, position_matrix, same_tokenizer, spell, vocabulary, vocabulary_matrix
+from safecrit.bridge import (
+    byte_spans,
+    identity_matrix,
+    position_matrix,
+    same_tokenizer,
+    spell,
+    vocabulary,
+    vocabulary_matrix,
+)
 from tests import tiny
 
 TEXTS = [
@@ -42,7 +50,7 @@ def test_byte_spans_of_real_tokenizers(name: str, shared: Path) -> None:
     for text in TEXTS:
         ids = made(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert covers(byte_spans(ids, text, vocab, made), len(text.encode()))
-        if '\u2581' not in text:  # SentencePiece writes it as a space
+        if "\u2581" not in text:  # SentencePiece writes it as a space
             assert spell(ids, vocab).text == text.strip()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests import architectures
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +15,7 @@ from safecrit.anatomy import read_anatomy
 from safecrit.checkpoint_map import checkpoint_map, keep_stored_names
 from safecrit.errors import SafecritError
 from safecrit.strided import Strided
+from tests import architectures
 
 
 def assert_describes(model: PreTrainedModel, file: Path) -> None:

@@ -47,7 +47,7 @@ def test_window_bounds_answers_and_refuses_long_prompts() -> None:
     size = len(encode_prompt(reads, list(prompts[0].messages)))
     assert len(answers[0].ids) <= 256 - size
     assert len(answers[1].ids) == 100
-    with pytest.raises(SafecritError, match="row 1 has .* tokens, the model's window is 256"):
+    with pytest.raises(SafecritError, match=r"row 1 has .* tokens, the model's window is 256"):
         generate(model, reads, prompts_from_texts(["a" * 300]), GenerationSettings())
 
 

@@ -41,7 +41,11 @@ def test_unusual_line_separators_inside_strings(tmp_path: Path) -> None:
 
 
 def test_messages_keep_turns_and_drop_a_final_answer(tmp_path: Path) -> None:
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "x"}]
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "x"},
+    ]
     prompt = read_prompts(write(tmp_path / "a.jsonl", json.dumps({"messages": turns})))[0]
     assert [turn["role"] for turn in prompt.messages] == ["system", "user"] and prompt.text == "u"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from safecrit import relaxation
-from safecrit.relaxation import Relaxed, RelaxationSettings, conditional_gumbel
+from safecrit.relaxation import RelaxationSettings, Relaxed, conditional_gumbel
 
 
 def made(kind: str = "gumbel", tau: float = 0.5, tokens: int = 5, vocabulary: int = 23) -> Relaxed:

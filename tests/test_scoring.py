@@ -126,7 +126,9 @@ def test_resumed_run_is_bit_identical_and_counts_nothing_twice() -> None:
     stored: list[tuple[ScoreState, dict[str, torch.Tensor]]] = []
 
     def save(state: ScoreState, accumulators: Any) -> None:
-        stored.append((dataclasses.replace(state, values=dict(state.values)), {n: t.clone() for n, t in accumulators.items()}))
+        stored.append(
+            (dataclasses.replace(state, values=dict(state.values)), {n: t.clone() for n, t in accumulators.items()})
+        )
 
     def restore(accumulators: Any) -> ScoreState | None:
         if not stored:

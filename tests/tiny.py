@@ -25,6 +25,11 @@ TEMPLATE = (
     "{{ '<s>' }}{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[verdict] ' }}{% endif %}"
 )
+CHAT = (
+    "{{ '<s>' }}{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '</s>' }}{% else %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
@@ -35,8 +40,12 @@ def _core(style: str) -> str:
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         core.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        core.train_from_iterator(CORPUS, trainers.BpeTrainer(
-            vocab_size=330, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False))
+        core.train_from_iterator(
+            CORPUS,
+            trainers.BpeTrainer(
+                vocab_size=330, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+            ),
+        )
         return core.to_str()
     core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -113,7 +122,7 @@ def loaded(model: PreTrainedModel, made: PreTrainedTokenizerFast, folder: Path |
 
 
 def exact(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in float64 throughout: norms and routers, which transformers rounds to float32, in the input's dtype."""
+    """The model in float64 throughout; transformers rounds norms and routers to float32."""
     model.double()
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):

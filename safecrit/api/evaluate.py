@@ -15,12 +15,16 @@ from safecrit.judges.refusal import RefusalJudge
 from safecrit.models import LoadedModel, load_model, resolve_folder
 from safecrit.progress import Reporter, quiet_reporter
 from safecrit.prompts import Prompt, read_prompts
-from safecrit.results import Evaluation, EvalSettings
+from safecrit.results import EvalSettings, Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalJob:
-    """All that `eval` needs to know. `benign`: prompts that ought to be answered; with `task`, those that hold answers give utility."""
+    """All that `eval` needs to know.
+
+    `prompts`: harmful ones. `benign`: prompts that ought to be answered. `task`: prompts with
+    reference answers, for utility; without it those of `benign` that have one.
+    """
 
     models: tuple[str, ...]
     judge: JudgeChoice
@@ -43,7 +47,9 @@ def read_eval_prompts(job: EvalJob) -> EvalPrompts:
     Benign prompts that their own file labels unsafe (XSTest's contrast prompts) are left out.
     """
     if job.prompts is None and job.benign is None and job.task is None:
-        raise SafecritError("nothing to evaluate: give --prompts (harmful), --benign (harmless) or --task (with answers).")
+        raise SafecritError(
+            "nothing to evaluate: give --prompts (harmful), --benign (harmless) or --task (with answers)."
+        )
     harmful = read_prompts(job.prompts, job.limit) if job.prompts else []
     benign = read_prompts(job.benign) if job.benign else []
     benign = [prompt for prompt in benign if prompt.label != "unsafe"][: job.limit]
@@ -66,7 +72,11 @@ def run_eval(job: EvalJob, report: Reporter = quiet_reporter) -> Evaluation:
         answers = _Answers(name, loaded, job.generation, report)
         results.append(evaluate_model(name, prompts, answers, judge, RefusalJudge(), job.settings))
         del loaded, answers
-    files = {key: Path(value).name for key, value in (("prompts", job.prompts), ("benign", job.benign), ("task", job.task)) if value}
+    files = {
+        key: Path(value).name
+        for key, value in (("prompts", job.prompts), ("benign", job.benign), ("task", job.task))
+        if value
+    }
     models = {name: {"id": model, "fingerprint": _fingerprint(model, job.revision)} for name, model in names.items()}
     return Evaluation(
         models=results,

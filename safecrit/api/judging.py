@@ -47,7 +47,9 @@ def load_judge(choice: JudgeChoice) -> Judge:
         return load_guard(choice)
     except SafecritError as error:
         if "no such folder" in str(error):
-            raise SafecritError(f"--judge {choice.name}: no such judge. Use refusal, a guard's folder or a Hub id.") from error
+            raise SafecritError(
+                f"--judge {choice.name}: no such judge. Use refusal, a guard's folder or a Hub id."
+            ) from error
         raise
 
 

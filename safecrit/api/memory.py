@@ -62,10 +62,14 @@ def score(
     fingerprint, as nothing says that the weights in memory are those of a file.
     """
     if isinstance(judge, tuple):
-        judge = GuardJudge(LoadedModel(model=judge[0], tokenizer=judge[1], folder=Path(), id="memory", revision=None), guard)
+        judge = GuardJudge(
+            LoadedModel(model=judge[0], tokenizer=judge[1], folder=Path(), id="memory", revision=None), guard
+        )
     elif not isinstance(judge, GuardJudge):
         judge = load_guard(JudgeChoice(name=str(judge), guard=guard or GuardSettings()))
-    asked = [prompt for prompt in prompts if isinstance(prompt, Prompt)] or prompts_from_texts([str(p) for p in prompts])
+    asked = [prompt for prompt in prompts if isinstance(prompt, Prompt)] or prompts_from_texts(
+        [str(p) for p in prompts]
+    )
     name = str(getattr(model.config, "_name_or_path", "") or "memory")
     loaded = LoadedModel(model=model, tokenizer=tokenizer, folder=Path(), id=name, revision=None)
     job = ScoreJob(

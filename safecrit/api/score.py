@@ -129,12 +129,16 @@ def answers_from_file(loaded: LoadedModel, prompts: Sequence[Prompt], source: st
     column = next((name for name in ("answer", "completion", "response", "output") if rows and name in rows[0]), None)
     if column is None:
         found = ", ".join(rows[0]) if rows else "none"
-        raise SafecritError(f"{source}: no known answer column. Found: {found}. Known: answer, completion, response, output.")
+        raise SafecritError(
+            f"{source}: no known answer column. Found: {found}. Known: answer, completion, response, output."
+        )
     if rows and "prompt" in rows[0]:
         by_text = {str(row["prompt"]).strip(): str(row[column] or "") for row in rows}
         missing = [prompt for prompt in prompts if prompt.text.strip() not in by_text]
         if missing:
-            raise SafecritError(f"{source}: has no answer to {len(missing)} prompts, the first in row {missing[0].row + 1}.")
+            raise SafecritError(
+                f"{source}: has no answer to {len(missing)} prompts, the first in row {missing[0].row + 1}."
+            )
         texts = [by_text[prompt.text.strip()] for prompt in prompts]
     elif len(rows) < len(prompts):
         raise SafecritError(f"{source}: holds {len(rows)} answers for {len(prompts)} prompts. Use --limit {len(rows)}.")
@@ -150,7 +154,9 @@ def _items(loaded: LoadedModel, prompts: Sequence[Prompt], answers: Sequence[Ans
         own = answer.ids
         if window is not None and len(ids) + len(own) > window:
             if len(ids) >= window:
-                raise SafecritError(f"prompt in row {prompt.row + 1}: {len(ids)} tokens, the model's window is {window}.")
+                raise SafecritError(
+                    f"prompt in row {prompt.row + 1}: {len(ids)} tokens, the model's window is {window}."
+                )
             own, cut = own[: window - len(ids)], cut + 1
         items.append(
             Item(prompt_ids=tuple(ids), answer_ids=tuple(own), prompt=prompt.text, hash=prompt.hash, row=prompt.row)
@@ -204,7 +210,9 @@ def _info(
     if len(values) > 1 and spread < 1e-4 * max(1.0, abs(mean)):
         warnings.append("the judge says the same for every answer: these scores mean nothing; use another judge")
     if job.answers is None and unfinished:
-        warnings.append(f"{unfinished} of {len(answers)} answers were cut at --max-new-tokens {job.generation.max_new_tokens}")
+        warnings.append(
+            f"{unfinished} of {len(answers)} answers were cut at --max-new-tokens {job.generation.max_new_tokens}"
+        )
     if cut:
         warnings.append(f"{cut} answers were cut at the model's window")
     flat = [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+INTERRUPTED = 130
+
 
 def main() -> None:
     """Run the command line; known errors become one message and their exit code."""
@@ -18,11 +20,10 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        sys.stderr.write("\ninterrupted: finished files are whole; run the same command again to go on.\n")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # Typer's way to pass Ctrl-C on
+            sys.stderr.write("\ninterrupted: finished files are whole; run the same command again to go on.\n")
+        raise
     except SafecritError as error:
         if debug:
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
 from safecrit.cli.apply import apply
@@ -64,7 +66,7 @@ app = typer.Typer(
     },
 )
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "score": score,
     "mask": mask,
     "inspect": inspect,

@@ -27,6 +27,10 @@ def apply(
     from safecrit.models import resolve_folder
 
     sink = Sink(as_json=as_json, quiet=quiet)
-    applied = apply_delta(resolve_folder(model, revision=revision), Delta.load(delta), output, undo=undo, overwrite=overwrite)
+    applied = apply_delta(
+        resolve_folder(model, revision=revision), Delta.load(delta), output, undo=undo, overwrite=overwrite
+    )
     sink.line(applied.message())
-    sink.result({"output": str(applied.out), "changed": applied.changed, "already": applied.already, "undo": applied.undo})
+    sink.result(
+        {"output": str(applied.out), "changed": applied.changed, "already": applied.already, "undo": applied.undo}
+    )

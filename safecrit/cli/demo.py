@@ -12,7 +12,9 @@ from safecrit.cli.sink import Sink
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Output folder.")] = Path("safecrit-demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Output folder.")] = Path(
+        "safecrit-demo"
+    ),
     quick: Annotated[bool, typer.Option("--quick", help="Smaller models, at most 90 s on two cores.")] = False,
     moe: Annotated[bool, typer.Option("--moe", help="A mixture-of-experts model.")] = False,
     seed: o.Seed = 0,

@@ -15,11 +15,18 @@ if TYPE_CHECKING:
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Model folders or Hub ids.")]
 Prompts = Annotated[str | None, typer.Option("--prompts", metavar="FILE", help="Harmful prompts: attack success rate.")]
 Benign = Annotated[
-    str | None, typer.Option("--benign", metavar="FILE", help="Harmless prompts: over-refusal; utility where it has answers.")
+    str | None,
+    typer.Option("--benign", metavar="FILE", help="Harmless prompts: over-refusal; utility where it has answers."),
 ]
-Task = Annotated[str | None, typer.Option("--task", metavar="FILE", help="Prompts with answers: utility by exact match.")]
-Baseline = Annotated[str | None, typer.Option("--baseline", metavar="MODEL", help="Compare the others with this one, paired.")]
-Judge = Annotated[str, typer.Option("--judge", metavar="JUDGE", help="refusal (phrases), or a guard's folder or Hub id.")]
+Task = Annotated[
+    str | None, typer.Option("--task", metavar="FILE", help="Prompts with answers: utility by exact match.")
+]
+Baseline = Annotated[
+    str | None, typer.Option("--baseline", metavar="MODEL", help="Compare the others with this one, paired.")
+]
+Judge = Annotated[
+    str, typer.Option("--judge", metavar="JUDGE", help="refusal (phrases), or a guard's folder or Hub id.")
+]
 MaxAsr = Annotated[float | None, typer.Option("--max-asr", min=0, max=1, help="Exit 3 where ASR is above this.")]
 MaxOver = Annotated[
     float | None, typer.Option("--max-over-refusal", min=0, max=1, help="Exit 3 where over-refusal is above this.")
@@ -104,7 +111,9 @@ def _find_judge(judge: str) -> None:
     try:
         resolve_folder(judge)
     except SafecritError as error:
-        raise SafecritError(f"--judge {judge}: unknown judge. Use refusal, a guard model's folder or a Hub id. ({error})") from error
+        raise SafecritError(
+            f"--judge {judge}: unknown judge. Use refusal, a guard model's folder or a Hub id. ({error})"
+        ) from error
 
 
 def share(rate: dict[str, Any] | None) -> str:

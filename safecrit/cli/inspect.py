@@ -68,7 +68,11 @@ def _mask(mask: Mask, sink: Sink) -> None:
         ],
     )
     cells = mask_by_layer_component(mask)
-    _grid(sink, "Share selected, by layer and component", [(g.layer, g.component, _percent(g.share)) for g in cells if g.eligible])
+    _grid(
+        sink,
+        "Share selected, by layer and component",
+        [(g.layer, g.component, _percent(g.share)) for g in cells if g.eligible],
+    )
     experts = mask_by_layer_expert(mask)
     if experts:
         _grid(sink, "Share selected, by layer and expert", [(g.layer, g.expert, _percent(g.share)) for g in experts])
@@ -90,7 +94,9 @@ def _scores(scores: Scores, sink: Sink) -> None:
     from safecrit.tables import scores_by_layer_component, scores_by_layer_expert
 
     info = scores.info
-    sink.line(f"{scores.eligible:,} of {scores.total:,} weights scored, {info['method']}, {info['prompts']['used']} prompts")
+    sink.line(
+        f"{scores.eligible:,} of {scores.total:,} weights scored, {info['method']}, {info['prompts']['used']} prompts"
+    )
     sink.line(f"model        {info['model']['id']}")
     sink.line(f"judge        {info['judge']['id']}, {info['objective']}, mean {info['judged']['mean']:+.3f}")
     sink.line()
@@ -101,7 +107,9 @@ def _scores(scores: Scores, sink: Sink) -> None:
         _grid(sink, "Mean |score|, by layer and expert", [(g.layer, g.expert, f"{g.mean:.2e}") for g in experts])
     silent = [m["name"] for m in info["matrices"] if m["nonzero"] == 0]
     if silent:
-        sink.line(f"{len(silent)} matrices have no score at all (experts never routed to, or no spread), the first {silent[0]}")
+        sink.line(
+            f"{len(silent)} matrices have no score at all (experts never routed to, no spread), the first {silent[0]}"
+        )
     sink.result(
         {
             "eligible": scores.eligible,
@@ -116,7 +124,10 @@ def _grid(sink: Sink, title: str, cells: list[tuple[Any, Any, str]]) -> None:
     columns = list(dict.fromkeys(column for _, column, _ in sorted(cells, key=lambda cell: _column_order(cell[1]))))
     values = {(layer, column): text for layer, column, text in cells}
     layers = sorted({layer for layer, _, _ in cells}, key=lambda layer: (layer is None, layer))
-    rows = [("none" if layer is None else layer, *(values.get((layer, column), "") for column in columns)) for layer in layers]
+    rows = [
+        ("none" if layer is None else layer, *(values.get((layer, column), "") for column in columns))
+        for layer in layers
+    ]
     sink.table(title, ("layer", *map(str, columns)), rows)
 
 

@@ -24,19 +24,26 @@ def mask(
     source: Source,
     output: Output,
     top: Annotated[str | None, typer.Option("--top", metavar="SHARE", help=f"The largest scores, {Share}.")] = None,
-    bottom: Annotated[str | None, typer.Option("--bottom", metavar="SHARE", help=f"The smallest scores, {Share}.")] = None,
+    bottom: Annotated[
+        str | None, typer.Option("--bottom", metavar="SHARE", help=f"The smallest scores, {Share}.")
+    ] = None,
     random: Annotated[str | None, typer.Option("--random", metavar="SHARE", help=f"Any weights, {Share}.")] = None,
     match: Annotated[
-        Path | None, typer.Option("--match", metavar="MASK", help="With --random: as many in each tensor as this mask has.")
+        Path | None,
+        typer.Option("--match", metavar="MASK", help="With --random: as many in each tensor as this mask has."),
     ] = None,
     count: Annotated[
         int | None, typer.Option("--count", min=1, help="Number of weights, instead of a share (with --top N/A: top).")
     ] = None,
-    share_of: Annotated[Literal["all", "eligible"], typer.Option("--share-of", help="What a share is a share of.")] = "all",
+    share_of: Annotated[
+        Literal["all", "eligible"], typer.Option("--share-of", help="What a share is a share of.")
+    ] = "all",
     allow_zero: Annotated[bool, typer.Option("--allow-zero", help="Select weights with score 0 too.")] = False,
     seed: o.Seed = 0,
     judge: Annotated[str | None, typer.Option("--judge", metavar="JUDGE", help="With a model: its judge.")] = None,
-    prompts: Annotated[str | None, typer.Option("--prompts", metavar="FILE", help="With a model: harmful prompts.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", metavar="FILE", help="With a model: harmful prompts.")
+    ] = None,
     limit: o.Limit = None,
     max_new_tokens: o.MaxNewTokens = 256,
     batch_size: o.BatchSize = "auto",
@@ -83,7 +90,9 @@ def mask(
         f"{info.eligible:,} eligible), {info.mode}, in {len(selected.indices)} tensors."
     )
     if info.tied > 1:
-        sink.line(f"At the threshold {info.tied} weights are equal; {info.tied_selected} of them are selected ({info.tie_rule}).")
+        sink.line(
+            f"At the threshold {info.tied} weights are equal; {info.tied_selected} are selected ({info.tie_rule})."
+        )
     sink.line(f"Mask: {output}")
     sink.line(f"Next: safecrit inspect {output}")
     sink.result({"output": str(output), "selected": selected.count, "total": info.total, "eligible": info.eligible})
@@ -94,7 +103,9 @@ def _mode(
 ) -> tuple[str, str | None]:
     from safecrit.errors import SafecritError
 
-    given = [(name, share) for name, share in (("top", top), ("bottom", bottom), ("random", random)) if share is not None]
+    given = [
+        (name, share) for name, share in (("top", top), ("bottom", bottom), ("random", random)) if share is not None
+    ]
     if len(given) > 1:
         raise SafecritError(f"--{given[0][0]} and --{given[1][0]} exclude each other.")
     if not given:

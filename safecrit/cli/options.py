@@ -25,7 +25,9 @@ def _load_config(context: typer.Context, value: Path | None) -> Path | None:
         raise SafecritError(f"--config {value}: must hold named settings.")
     command = content.get("command")
     if command is not None and command != context.info_name:
-        raise SafecritError(f"--config {value}: was written by `safecrit {command}`, this is `safecrit {context.info_name}`.")
+        raise SafecritError(
+            f"--config {value}: was written by `safecrit {command}`, this is `safecrit {context.info_name}`."
+        )
     settings = content.get("config", content)
     known = {parameter.name for parameter in context.command.params}
     unknown = sorted(set(settings) - known)
@@ -46,7 +48,9 @@ def resolved(context: typer.Context) -> dict[str, Any]:
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hub id.")]
 Judge = Annotated[str, typer.Option("--judge", metavar="JUDGE", help="Judge: a guard model's folder or Hub id.")]
-Prompts = Annotated[str, typer.Option("--prompts", metavar="FILE", help="Harmful prompts: CSV, JSON, JSONL or a Hub id.")]
+Prompts = Annotated[
+    str, typer.Option("--prompts", metavar="FILE", help="Harmful prompts: CSV, JSON, JSONL or a Hub id.")
+]
 MaskFile = Annotated[Path, typer.Option("--mask", metavar="MASK", help="Safety mask file.")]
 OutputFolder = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="DIR", help="Output folder. [default: safecrit-out/...]")
@@ -54,7 +58,9 @@ OutputFolder = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of the same command.")]
 Config = Annotated[
     Path | None,
-    typer.Option("--config", metavar="YAML", is_eager=True, callback=_load_config, help="Settings from a file; flags win."),
+    typer.Option(
+        "--config", metavar="YAML", is_eager=True, callback=_load_config, help="Settings from a file; flags win."
+    ),
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of the model.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
@@ -62,7 +68,9 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), fl
 Seed = Annotated[int, typer.Option("--seed", help="Seed of all randomness.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N rows only.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
-BatchSize = Annotated[str, typer.Option("--batch-size", help="Prompts at once; auto is 16, halved when memory runs out.")]
+BatchSize = Annotated[
+    str, typer.Option("--batch-size", help="Prompts at once; auto is 16, halved when memory runs out.")
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a model brings along.")]
 AllowOtherWeights = Annotated[
     bool, typer.Option("--allow-other-weights", help="Accept a mask made from other weights of the same shape.")

@@ -25,21 +25,28 @@ Objective = Annotated[
     typer.Option("--objective", help="What is differentiated: log p(safe)/p(unsafe), p(safe), or log p(safe)."),
 ]
 Method = Annotated[
-    Literal["esi", "gradient"], typer.Option("--method", help="esi: std of the matrix x gradient; gradient: without std.")
+    Literal["esi", "gradient"],
+    typer.Option("--method", help="esi: std of the matrix x gradient; gradient: without std."),
 ]
 Reduction = Annotated[
     Literal["signed", "abs", "square"],
-    typer.Option("--reduction", help="Over prompts: signed mean, mean of |.|, or mean of squares (one prompt a backward)."),
+    typer.Option(
+        "--reduction", help="Over prompts: signed mean, mean of |.|, or mean of squares (one prompt a backward)."
+    ),
 ]
 Relaxation = Annotated[
-    Literal["gumbel", "gumbel-conditional", "softmax"], typer.Option("--relaxation", help="How answer tokens are relaxed.")
+    Literal["gumbel", "gumbel-conditional", "softmax"],
+    typer.Option("--relaxation", help="How answer tokens are relaxed."),
 ]
 Tau = Annotated[float, typer.Option("--tau", min=1e-6, help="Temperature of the relaxation.")]
 Draws = Annotated[int, typer.Option("--draws", min=1, help="Noise draws averaged per prompt.")]
 Include = Annotated[
-    str | None, typer.Option("--include", metavar="REGEX", help="Score just tensors whose name matches, embeddings too.")
+    str | None,
+    typer.Option("--include", metavar="REGEX", help="Score just tensors whose name matches, embeddings too."),
 ]
-Exclude = Annotated[str | None, typer.Option("--exclude", metavar="REGEX", help="Leave out tensors whose name matches.")]
+Exclude = Annotated[
+    str | None, typer.Option("--exclude", metavar="REGEX", help="Leave out tensors whose name matches.")
+]
 ScoreDtype = Annotated[
     Literal["float32", "bfloat16"], typer.Option("--score-dtype", help="What scores are stored as; sums are float32.")
 ]
@@ -166,5 +173,7 @@ def run(settings: dict[str, Any], output: Path, overwrite: bool, sink: Sink) -> 
     )
     sink.line(f"Scores: {folder.path}")
     sink.line(f"Next: safecrit mask {folder.path} --top 1% -o mask.safetensors")
-    sink.result({"output": str(folder.path), "used": used, "dropped": dropped, "judged": judged, "warnings": info["warnings"]})
+    sink.result(
+        {"output": str(folder.path), "used": used, "dropped": dropped, "judged": judged, "warnings": info["warnings"]}
+    )
     return scores

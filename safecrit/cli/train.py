@@ -11,7 +11,9 @@ from safecrit.cli import options as o
 from safecrit.cli.sink import Sink
 
 Data = Annotated[str, typer.Option("--data", metavar="FILE", help="Training examples: JSONL, JSON, CSV or a Hub id.")]
-Retain = Annotated[str | None, typer.Option("--retain", metavar="FILE", help="Benign examples mixed in, to keep utility.")]
+Retain = Annotated[
+    str | None, typer.Option("--retain", metavar="FILE", help="Benign examples mixed in, to keep utility.")
+]
 RetainShare = Annotated[float, typer.Option("--retain-share", min=0, max=0.99, help="Share of retain examples.")]
 Steps = Annotated[int, typer.Option("--max-steps", "--steps", min=1, help="Optimizer steps.")]
 Rate = Annotated[float, typer.Option("--learning-rate", "--lr", min=0, help="Peak learning rate.")]
@@ -112,7 +114,9 @@ def spa(
     _run("spa", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet))
 
 
-def _run(mode: Literal["set", "spa"], settings: dict[str, Any], output: Path | None, overwrite: bool, sink: Sink) -> None:
+def _run(
+    mode: Literal["set", "spa"], settings: dict[str, Any], output: Path | None, overwrite: bool, sink: Sink
+) -> None:
     from dataclasses import fields
 
     from safecrit.api.train import TrainJob, check_inputs, headline, run_training
@@ -143,9 +147,17 @@ def _run(mode: Literal["set", "spa"], settings: dict[str, Any], output: Path | N
         sink.warn(warning)
     sink.line(
         f"{len(result.losses)} steps, loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}, "
-        f"{result.tokens_per_second:,.0f} tokens/s; {result.changed:,} weights changed, by {result.mean_sigma:.3g} sigma in the mean."
+        f"{result.tokens_per_second:,.0f} tokens/s; "
+        f"{result.changed:,} weights changed, by {result.mean_sigma:.3g} sigma in the mean."
     )
-    sink.result({"output": str(folder.path), "changed": result.changed, "verified": report.to_json(), "warnings": result.warnings})
+    sink.result(
+        {
+            "output": str(folder.path),
+            "changed": result.changed,
+            "verified": report.to_json(),
+            "warnings": result.warnings,
+        }
+    )
     if not report.ok:
         raise CheckFailed(report.message())
     folder.finish()

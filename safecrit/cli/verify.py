@@ -16,7 +16,8 @@ def verify(
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="The model that training started from.")],
     mask: o.MaskFile,
     mode: Annotated[
-        Literal["set", "spa"], typer.Option("--mode", help="set: only masked weights differ; spa: no masked weight differs.")
+        Literal["set", "spa"],
+        typer.Option("--mode", help="set: only masked weights differ; spa: no masked weight differs."),
     ],
     as_json: o.Json = False,
     quiet: o.Quiet = False,

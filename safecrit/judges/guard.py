@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from safecrit.bridge import byte_spans, vocabulary
@@ -54,7 +55,7 @@ class GuardInput:
 
     ids: tuple[int, ...]
     answer: slice
-    spans: Any
+    spans: np.ndarray | None
     verdicts: tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -82,8 +83,8 @@ class GuardJudge:
             whole = [self._encode(head + answer + tail + word) for word in words]
             ids, verdicts = _split_verdicts(whole, words)
             size = len(answer.encode("utf-8"))
-            spans = byte_spans(whole[0], head + answer + tail + words[0], self.vocabulary, self.tokenizer)[: len(ids)]
-            shifted = spans - len(head.encode("utf-8"))
+            found = byte_spans(whole[0], head + answer + tail + words[0], self.vocabulary, self.tokenizer)[: len(ids)]
+            shifted = found - len(head.encode("utf-8"))
             inside = ((shifted[:, 1] > 0) & (shifted[:, 0] < size)).nonzero()[0]
             where = slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(0, 0)
             return GuardInput(tuple(ids), where, shifted[where].clip(0, size), verdicts)
@@ -91,16 +92,16 @@ class GuardJudge:
         own = list(answer_ids) if answer_ids is not None else self._encode(answer, plain=True)
         ends = [self._encode(tail + word) for word in words]
         rest, verdicts = _split_verdicts(ends, words)
-        spans = byte_spans(own, answer, self.vocabulary, self.tokenizer) if answer_ids is None else None
+        spans = None if answer_ids is not None else byte_spans(own, answer, self.vocabulary, self.tokenizer)
         return GuardInput((*start, *own, *rest), slice(len(start), len(start) + len(own)), spans, verdicts)
 
     def _encode(self, text: str, plain: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"])
 
     def verdicts(self, inputs: Sequence[GuardInput], embeddings: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Log p of the safe and the unsafe word of each conversation, float32 (or wider) [n, 2], with a graph to `embeddings`.
+        """Log p of the safe and the unsafe word of each conversation, float32 (or wider) [n, 2].
 
-        `embeddings[i]` is [len(ids), d]. Words of one token each take one
+        There is a graph to `embeddings`. `embeddings[i]` is [len(ids), d]. Words of one token each take one
         sequence a conversation, longer ones two.
         """
         table = self.model.get_input_embeddings()
@@ -131,11 +132,13 @@ class GuardJudge:
         joint = []
         for _, row, word in scored:
             last = log_p[row, log_p.shape[1] - len(word) :]
-            joint.append(last[torch.arange(len(word), device=last.device), torch.tensor(word, device=last.device)].sum())
+            joint.append(
+                last[torch.arange(len(word), device=last.device), torch.tensor(word, device=last.device)].sum()
+            )
         return torch.stack(joint).view(-1, 2)
 
     def objective(self, verdicts: torch.Tensor) -> torch.Tensor:
-        """s of each conversation, [n], from `verdicts` [n, 2]: log-odds, p(safe) of the two words, or log p(safe) alone."""
+        """s of each conversation, [n], from `verdicts` [n, 2]: log-odds, p(safe) of the two, or log p(safe)."""
         if self.settings.objective == "prob":
             return torch.softmax(verdicts, dim=-1)[:, 0]
         if self.settings.objective == "logit":
@@ -143,7 +146,7 @@ class GuardJudge:
         return verdicts[:, 0] - verdicts[:, 1]
 
     def embed(self, entry: GuardInput) -> torch.Tensor:
-        """The guard's input embeddings of a conversation, [len(ids), d], through the module itself (scaling included)."""
+        """Input embeddings of a conversation, [len(ids), d], through the module itself (scaling included)."""
         ids = torch.tensor(entry.ids, dtype=torch.long, device=self.model.device)
         embedded: torch.Tensor = self.model.get_input_embeddings()(ids).detach()
         return embedded
@@ -188,9 +191,13 @@ def _split_verdicts(
     whole: Sequence[list[int]], words: tuple[str, str]
 ) -> tuple[list[int], tuple[tuple[int, ...], tuple[int, ...]]]:
     safe, unsafe = whole
-    shared = next((n for n, (a, b) in enumerate(zip(safe, unsafe, strict=False)) if a != b), min(len(safe), len(unsafe)))
+    shared = next(
+        (n for n, (a, b) in enumerate(zip(safe, unsafe, strict=False)) if a != b), min(len(safe), len(unsafe))
+    )
     if shared in (len(safe), len(unsafe)):
-        raise SafecritError(f"verdict words {words[0]!r} and {words[1]!r}: one begins with the other in the judge's tokens.")
+        raise SafecritError(
+            f"verdict words {words[0]!r} and {words[1]!r}: one begins with the other in the judge's tokens."
+        )
     return safe[:shared], (tuple(safe[shared:]), tuple(unsafe[shared:]))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-CHUNK = 1 << 20  # entries; 8 MiB as float64
+CHUNK = 1 << 18  # entries; 2 MiB as float64, which stays in a processor's cache
 
 
 def matrix_std(parts: Sequence[torch.Tensor]) -> torch.Tensor:

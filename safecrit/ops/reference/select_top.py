@@ -15,7 +15,7 @@ import torch
 
 from safecrit.ops.select_top import Selection
 
-CHUNK = 1 << 22  # entries; some 100 MiB of temporaries
+CHUNK = 1 << 20  # entries; some 25 MiB of temporaries
 LOW_BITS = 15
 INFINITY_BITS = 0x7F800000  # float32 infinity; greater values are NaN
 
