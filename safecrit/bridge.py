@@ -1,4 +1,4 @@
-"""From one tokenizer to another, by bytes: METHOD's position matrix A and vocabulary matrix P.
+"""From one tokenizer to another, by bytes: the position matrix A and vocabulary matrix P.
 
 The model that answers and the judge that reads may cut text differently. Both
 cuts are laid over the same UTF-8 bytes. Pieces are compared as the bytes they
@@ -216,7 +216,7 @@ class VocabularyMatrix:
 def vocabulary_matrix(
     model: Vocabulary, judge: Vocabulary, judge_tokenizer: PreTrainedTokenizerBase, model_rows: int, judge_rows: int
 ) -> VocabularyMatrix:
-    """P: what each token of the model is in the judge's vocabulary (METHOD section 2, step 4).
+    """P: what each token of the model is in the judge's vocabulary (docs/method.md, section 2, step 4).
 
     The judge token of the same bytes has weight 1. Otherwise the bytes are cut
     by the judge's own merges, or into its byte tokens, 1/n each. A row that

@@ -1,7 +1,7 @@
 """The gradient stream: every weight's gradient is folded into its accumulator the moment it exists, then freed.
 
 One float32 accumulator a checkpoint tensor is all that stays; never two dense
-gradients at once (DESIGN, "Memory").
+gradients at once.
 """
 
 from __future__ import annotations

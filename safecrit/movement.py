@@ -1,6 +1,6 @@
 """How far training moved the weights, by layer and component, in units of sigma.
 
-sigma(W) is the standard deviation of a logical matrix of the base model (METHOD,
+sigma(W) is the standard deviation of a logical matrix of the base model (docs/method.md,
 section 1): the size of a typical weight there. A mean change far below it means that
 training did next to nothing, whatever the loss did.
 """

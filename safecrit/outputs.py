@@ -45,13 +45,20 @@ def default_output(command: str, name: str) -> Path:
 
 
 def open_output(
-    path: Path, command: str, config: dict[str, Any], *, overwrite: bool = False, inside: str = ""
+    path: Path,
+    command: str,
+    config: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    inside: str = "",
+    reuse_finished: bool = False,
 ) -> OutputFolder:
     """Take `path` into use for `command` with its resolved `config` (plain values only).
 
     `inside` names the sub-folder for our own files (`safecrit` in model folders).
     Raises SafecritError where the folder holds something else, naming the keys
-    that differ and the ways on; `overwrite` empties it if it is an earlier output of ours.
+    that differ and the ways on; `overwrite` empties it if it is an earlier output of ours,
+    `reuse_finished` takes a finished run of the same settings up again.
     """
     path = path.expanduser()
     config_file = path / inside / "config.yaml" if inside else path / "config.yaml"
@@ -73,7 +80,7 @@ def open_output(
             raise SafecritError(
                 f"{path}: holds a run with other settings ({'; '.join(differing)}). Use --overwrite or another -o."
             )
-        elif earlier.get("finished"):
+        elif earlier.get("finished") and not reuse_finished:
             raise SafecritError(
                 f"{path}: already holds the finished run of these settings. Use --overwrite or another -o."
             )

@@ -1,8 +1,9 @@
-"""Logits to relaxed tokens: where the gradient leaves the judge and enters the model (METHOD section 2, steps 3 and 4).
+"""Logits to relaxed tokens: where the gradient leaves the judge and enters the model.
 
-p = softmax((L + g) / tau) replaces each answer token by a mixture. The mixture
-shifts the judge's embedding of the real text, so the value depends on the
-weights and yet equals the judge's own reading when p is the token itself:
+p = softmax((L + g) / tau) replaces each answer token by a mixture (docs/method.md,
+section 2, steps 3 and 4). The mixture shifts the judge's embedding of the real text, so
+the value depends on the weights and yet equals the judge's own reading when p is the
+token itself:
 
     e_j = E[y_j] + sum_t A[j,t] (p_t - onehot(y_t)) P E
 

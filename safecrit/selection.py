@@ -2,7 +2,7 @@
 
 k = floor(share x weights), in exact arithmetic. Ties go to the smaller tensor name, then
 the smaller flat index, so equal scores give equal masks on any device. Controls: the
-bottom k, k at random, k at random with another mask's count in every tensor (METHOD,
+bottom k, k at random, k at random with another mask's count in every tensor (docs/method.md,
 section 3; arXiv 2604.08297 selects the top 1 % of all model weights).
 """
 

@@ -39,7 +39,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-SHARD_BYTES = 5_000_000_000  # the shard size that the Hub's own tools used for years; DESIGN, Files
+SHARD_BYTES = 5_000_000_000  # the shard size that the Hub's own tools used for years
 
 
 def index_dtype(numel: int) -> torch.dtype:

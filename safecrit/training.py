@@ -1,7 +1,7 @@
 """SET and SPA as ordinary fine-tuning, through transformers' Trainer.
 
 SET trains the masked weights on prompt -> refusal pairs, retain data mixed in; SPA
-trains everything else on a task (METHOD, section 4). The defaults are the authors':
+trains everything else on a task (docs/method.md, section 4). The defaults are the authors':
 AdamW (0.9, 0.999), cosine, warm-up 3 %, batch 1 x 4, no weight decay, length 2048.
 Weights are float32 while they are trained wherever a dense optimizer runs, and on the
 CPU in any case, since bfloat16 swallows most small updates; what is written has the

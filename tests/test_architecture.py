@@ -89,7 +89,7 @@ def test_readme_file_map_is_true() -> None:
     section = text.split("## File map", 1)[1]
     block = section.split("```", 2)[1]
     named, folders = set(), {0: ""}
-    for line in block.splitlines()[1:]:
+    for line in block.splitlines():
         match = re.match(r"^( *)(\S+)(?:  +(\S.*))?$", line)
         if not match:
             continue

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safecrit.api.judging import JudgeChoice, load_guard
 from safecrit.api.score import ScoreJob, score_loaded
@@ -24,9 +26,7 @@ if TYPE_CHECKING:
 
 
 class MemoryScores(Scores):
-    """Scores with selection at hand; `keep` holds a temporary folder alive."""
-
-    keep: Any = None
+    """Scores with selection at hand."""
 
     def top(self, share: str) -> Mask:
         """The mask of the largest |scores|: a share of all weights such as "1%"."""
@@ -54,7 +54,7 @@ def score(
     batch_size: int = 16,
     output: str | Path | None = None,
 ) -> MemoryScores:
-    """Expected Safety Impact of every eligible weight of a model in memory (METHOD sections 1 and 2).
+    """Expected Safety Impact of every eligible weight of a model in memory (docs/method.md, sections 1 and 2).
 
     judge: a guard's folder or Hub id, a (model, tokenizer) pair, or a GuardJudge.
     prompts: user turns as texts, or Prompt objects. Scores are stored in `output`,
@@ -79,8 +79,7 @@ def score(
         generation=GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size),
         scoring=ScoreSettings(method=method, relaxation=relaxation or RelaxationSettings(), batch_size=batch_size),
     )
-    keep = None if output is not None else tempfile.TemporaryDirectory(prefix="safecrit-")
-    folder = Path(output) if output is not None else Path(keep.name)  # type: ignore[union-attr]
+    folder = Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="safecrit-"))
     training = model.training
     model.eval()
     try:
@@ -88,5 +87,6 @@ def score(
     finally:
         model.train(training)
     scores = MemoryScores.load(folder)
-    scores.keep = keep
+    if output is None:
+        weakref.finalize(scores, shutil.rmtree, folder, ignore_errors=True)
     return scores

@@ -1,7 +1,7 @@
 """A guard: a causal language model that reads a conversation and answers with a verdict word.
 
 The prompt stands in the user's turn and the answer in the assistant's, in the
-guard's own chat template (METHOD section 2, steps 4 and 5). Its verdict is the
+guard's own chat template (docs/method.md, section 2, steps 4 and 5). Its verdict is the
 log-odds log p(safe | x, y) - log p(unsafe | x, y); words of several tokens count
 with their joint log-probability.
 """

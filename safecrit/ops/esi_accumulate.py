@@ -1,4 +1,4 @@
-"""Adding one gradient to the score accumulator: acc += sigma * grad (METHOD, section 1).
+"""Adding one gradient to the score accumulator: acc += sigma * grad (docs/method.md, section 1).
 
 The accumulator is float32 whatever the gradient's dtype: summing in bfloat16
 changes a tenth of the selected weights. Product and sum are rounded separately

@@ -1,4 +1,4 @@
-"""One dense AdamW step that leaves the entries under a bit mask bit-identical (METHOD, section 4)."""
+"""One dense AdamW step that leaves the entries under a bit mask bit-identical (docs/method.md, section 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sigma(W): the standard deviation of each logical matrix (METHOD, section 1)."""
+"""sigma(W): the standard deviation of each logical matrix (docs/method.md, section 1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random masks: uniform without replacement, from a keyed hash of (tensor, index) (METHOD, section 3).
+"""Random masks: uniform without replacement, from a keyed hash of (tensor, index) (docs/method.md, section 3).
 
 An entry's hash depends on the seed, the tensor's position and its own index
 alone, so the same seed gives the same mask on any machine and any number of

@@ -1,4 +1,4 @@
-"""Exact global top-k of absolute values over a list of tensors of any total size (METHOD, section 3)."""
+"""Exact global top-k of absolute values over a list of tensors of any total size (docs/method.md, section 3)."""
 
 from __future__ import annotations
 

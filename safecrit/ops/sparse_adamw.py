@@ -1,4 +1,4 @@
-"""One AdamW step on k selected entries of a weight: optimizer state of length k instead of N (METHOD, section 4)."""
+"""One AdamW step on k selected entries of a weight, its state of length k (docs/method.md, section 4)."""
 
 from __future__ import annotations
 

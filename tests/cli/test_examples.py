@@ -1,0 +1,38 @@
+"""The programs in examples/, run on a small model, and what they promise, checked by `verify`."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Cli, World
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.mark.parametrize(("name", "mode"), [("protect_trainer", "spa"), ("set_loop", "set")])
+def test_examples_keep_their_promise(cli: Cli, world: World, mask_file: Path, tmp_path: Path, name: str, mode: str) -> None:
+    main = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+    main(str(world.model), str(mask_file), str(world.refusals), str(tmp_path / "out"))
+    ran = cli("verify", tmp_path / "out", "--base", world.model, "--mask", mask_file, "--mode", mode, "--json")
+    assert ran.code == 0, ran.err
+    assert '"moved": 0' not in ran.out
+
+
+def test_memory_interface_equals_the_command_line(world: World, mask_file: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import safecrit
+
+    model = AutoModelForCausalLM.from_pretrained(world.model)
+    tokenizer = AutoTokenizer.from_pretrained(world.model)
+    prompts = world.prompts.read_text().splitlines()[1:]
+    scores = safecrit.score(model, tokenizer, judge=world.guard, prompts=prompts, max_new_tokens=12)
+    mask = scores.top("1%")
+    stored = safecrit.Mask.load(mask_file)
+    assert mask.count == stored.count and mask.iou(stored) == 1.0
+    assert all(torch.equal(mask.indices[name], stored.indices[name]) for name in stored.indices)
+    assert mask.info.fingerprint == "" and scores.random("1%", seed=1).iou(mask) < 0.5
