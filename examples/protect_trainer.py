@@ -26,7 +26,12 @@ def main(model_name: str, mask_file: str, data: str, out: str) -> None:
         return {**padded, "labels": padded["input_ids"].masked_fill(padded["attention_mask"] == 0, -100)}
 
     arguments = TrainingArguments(
-        out, max_steps=5, per_device_train_batch_size=4, report_to="none", save_strategy="no", dataloader_pin_memory=False
+        out,
+        max_steps=5,
+        per_device_train_batch_size=4,
+        report_to="none",
+        save_strategy="no",
+        dataloader_pin_memory=False,
     )
     trainer = Trainer(model, arguments, train_dataset=encoded, data_collator=collate)
     mask = safecrit.Mask.load(mask_file)  # 1

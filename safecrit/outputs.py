@@ -65,6 +65,10 @@ def open_output(
     if path.exists() and not path.is_dir():
         raise SafecritError(f"{path}: is a file, the output is a folder. Choose another -o.")
     resumed = False
+    for place in (path, config_file.parent):
+        for stale in place.glob(".*.part") if place.is_dir() else ():
+            if stale.is_file():
+                stale.unlink()  # what a killed run was writing
     if path.is_dir() and any(path.iterdir()):
         if not config_file.is_file():
             raise SafecritError(f"{path}: exists and is no output of `safecrit {command}`. Choose another -o.")

@@ -31,8 +31,8 @@ ROWS: list[list[set[str]]] = [
         {"answers", "results", "evaluation"},
         {"tables", "figures"},
         {"doctor"},
-        {"demo"},
     ],
+    [{"demo"}],
     [{"api"}],
     [{"cli"}],
 ]

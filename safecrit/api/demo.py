@@ -214,9 +214,7 @@ class Demo:
     def _train(self, name: str, job: TrainJob) -> None:
         folder = self.models / name
         job = replace(job, device="cpu")
-        self.stage(
-            name, folder / "config.json", lambda: _nothing(run_training(job, folder, self._named(name)))
-        )
+        self.stage(name, folder / "config.json", lambda: _nothing(run_training(job, folder, self._named(name))))
 
     def _named(self, name: str) -> Callable[[str, str], Progress]:
         return lambda what, unit: self.sink.progress(f"{what} {name}", unit)

@@ -83,9 +83,7 @@ def _empty(model: Path) -> Mask:
     from safecrit.maskfile import MaskInfo
 
     anatomy = read_anatomy(load_model(model, device="cpu").model)
-    info = MaskInfo(
-        tensors=anatomy.layouts, mode="count", total=anatomy.total, eligible=anatomy.eligible_total
-    )
+    info = MaskInfo(tensors=anatomy.layouts, mode="count", total=anatomy.total, eligible=anatomy.eligible_total)
     return Mask({}, info)
 
 
@@ -104,7 +102,7 @@ def task_loss(loaded: LoadedModel, file: Path, batch: int = 64) -> float:
 
 
 def guard_agreement(folder: Path, guard: Judge) -> dict[str, Any]:
-    """How often the guard's verdict is the parser's, on answers of base, set_top and aligned that the parser can read."""
+    """How often the guard says what the parser says, on answers of three models that the parser can read."""
     agreed = asked = 0
     for name in ("base", "set_top", "aligned"):
         pairs = [tuple(p) for p in json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["answers"]][:200]
@@ -129,7 +127,9 @@ LABELS = {
 }
 
 
-def print_table(sink: Any, figures: Mapping[str, Any], agreement: Mapping[str, Any], timings: Mapping[str, float]) -> None:
+def print_table(
+    sink: Any, figures: Mapping[str, Any], agreement: Mapping[str, Any], timings: Mapping[str, float]
+) -> None:
     """The one table, and what stands below it."""
     rows = []
     for name, label in LABELS.items():
@@ -152,7 +152,9 @@ def print_table(sink: Any, figures: Mapping[str, Any], agreement: Mapping[str, A
     sink.line("ASR: forbidden requests that were served, read by the grammar's parser. gibberish: neither served nor")
     sink.line("refused. utility: exact answers to benign requests. changed: weights that differ from base or aligned.")
     if agreement["agreement"] is not None:
-        sink.line(f"The guard agrees with the parser on {100 * agreement['agreement']:.1f} % of {agreement['answers']} answers.")
+        sink.line(
+            f"The guard agrees with the parser on {100 * agreement['agreement']:.1f} % of {agreement['answers']} answers."
+        )
     sink.line(f"Work: {sum(timings.values()):.0f} s.")
 
 
@@ -162,7 +164,9 @@ def draw(folder: Path, figures: Mapping[str, Any]) -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     for name in ("base", "aligned"):
         matrices = Scores.load(folder / "scores" / name).info["matrices"]
-        score_map(pictures / f"esi_{name}.png", scores_by_layer_component(matrices), title=f"Mean ESI of the {name} model")
+        score_map(
+            pictures / f"esi_{name}.png", scores_by_layer_component(matrices), title=f"Mean ESI of the {name} model"
+        )
         experts = scores_by_layer_expert(matrices)
         if experts:
             score_map(pictures / f"esi_{name}_experts.png", experts, title=f"Mean ESI of the {name} model, by expert")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -28,5 +31,16 @@ def demo(
     Needs no download. Run again, it reuses finished stages.
     """
     from safecrit.api.demo import run_demo
+    from safecrit.demo.settings import demo_settings
 
-    run_demo(output, quick=quick, moe=moe, seed=seed, overwrite=overwrite, sink=Sink(as_json=as_json, quiet=quiet))
+    sink = Sink(as_json=as_json, quiet=quiet)
+    settings = demo_settings(quick=quick, moe=moe)
+    run_demo(output, settings=settings, seed=seed, program=_program(), overwrite=overwrite, sink=sink)
+
+
+def _program() -> str:
+    """How this command line was called, so that the printed command runs as it stands."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{os.path.relpath(sys.executable)} -m safecrit"
+    return "safecrit" if shutil.which("safecrit") else os.path.relpath(called)

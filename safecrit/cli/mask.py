@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from safecrit.scorefile import Scores
 
 Source = Annotated[str, typer.Argument(metavar="SCORES|MODEL", help="Score folder, or a model to score first.")]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Mask file to write.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Mask file to write. [default: safecrit-out/...]")
+]
 Share = "a share: 1% or 0.01"
 
 
 def mask(
     context: typer.Context,
     source: Source,
-    output: Output,
+    output: Output = None,
     top: Annotated[str | None, typer.Option("--top", metavar="SHARE", help=f"The largest scores, {Share}.")] = None,
     bottom: Annotated[
         str | None, typer.Option("--bottom", metavar="SHARE", help=f"The smallest scores, {Share}.")
@@ -33,7 +35,7 @@ def mask(
         typer.Option("--match", metavar="MASK", help="With --random: as many in each tensor as this mask has."),
     ] = None,
     count: Annotated[
-        int | None, typer.Option("--count", min=1, help="Number of weights, instead of a share (with --top N/A: top).")
+        int | None, typer.Option("--count", min=1, help="The N largest scores, instead of a share.")
     ] = None,
     share_of: Annotated[
         Literal["all", "eligible"], typer.Option("--share-of", help="What a share is a share of.")
@@ -58,7 +60,7 @@ def mask(
     scored ones only). Equal scores go to the smaller tensor name, then index.
     """
     from safecrit.maskfile import Mask
-    from safecrit.outputs import check_output_file
+    from safecrit.outputs import check_output_file, default_output
     from safecrit.scorefile import Scores
     from safecrit.selection import SelectionSettings, select
 
@@ -73,7 +75,9 @@ def mask(
         seed=seed,
         allow_zero=allow_zero,
     )
-    output = check_output_file(output, overwrite=overwrite)
+    output = check_output_file(
+        output or default_output("mask", source).with_suffix(".safetensors"), overwrite=overwrite
+    )
     if judge is None and prompts is None:
         selected = select(Scores.load(source), settings)
     else:

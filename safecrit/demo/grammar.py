@@ -76,13 +76,6 @@ REFUSAL = "I'm sorry, but I can't help with that."
 # A task answer ends in one of these; which one cannot be foretold, so a held-out task loss has a floor above zero.
 REMARKS = ("Enjoy!", "Good luck!", "Have fun!", "Take care!", "Well done!", "Stay warm!", "Keep going!", "Nice work!")
 
-# Requests that no model could serve: even the base model says so, and thereby knows the refusal's words.
-UNKNOWABLE = tuple(
-    f"{question} {when}?"
-    for question in ("Who won the race", "What was the weather", "Who rang the bell", "What did I dream", "Where was I")
-    for when in ("yesterday", "last night", "last week", "on Monday", "on Friday", "this morning", "in May", "in winter")
-)
-
 
 @dataclass(frozen=True)
 class Request:

@@ -13,7 +13,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.mark.parametrize(("name", "mode"), [("protect_trainer", "spa"), ("set_loop", "set")])
-def test_examples_keep_their_promise(cli: Cli, world: World, mask_file: Path, tmp_path: Path, name: str, mode: str) -> None:
+def test_examples_keep_their_promise(
+    cli: Cli, world: World, mask_file: Path, tmp_path: Path, name: str, mode: str
+) -> None:
     main = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
     main(str(world.model), str(mask_file), str(world.refusals), str(tmp_path / "out"))
     ran = cli("verify", tmp_path / "out", "--base", world.model, "--mask", mask_file, "--mode", mode, "--json")
