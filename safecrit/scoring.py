@@ -218,11 +218,16 @@ class Scorer:
             while self.state.batches < len(self.plan):
                 number = self.state.batches
                 batch = self.plan[number]
-                clean = (
-                    all([self._batch([item], guard=True) for item in batch])
-                    if number in one_by_one
-                    else self._batch(batch)
-                )
+                try:
+                    if number in one_by_one:
+                        clean = all([self._batch([item], guard=True) for item in batch])
+                    else:
+                        clean = self._batch(batch)
+                except torch.OutOfMemoryError as error:
+                    raise SafecritError(
+                        f"out of memory while scoring {len(batch)} prompts at once. Lower --batch-size or "
+                        "--judge-batch-size, or use a smaller --dtype."
+                    ) from error
                 if not clean and number not in one_by_one:
                     # Part of the batch is already added: go back to the last saved state and take this batch apart.
                     one_by_one.add(number)

@@ -25,17 +25,21 @@ from safecrit.api.score import ScoreJob, run_score
 from safecrit.api.train import TrainJob, run_training
 from safecrit.demo import zoo
 from safecrit.demo.grammar import data_files
+from safecrit.demo.guard import guard_tokenizer, train_guard
 from safecrit.demo.settings import DemoSettings
 from safecrit.files import write_json, write_text
+from safecrit.generation import GenerationSettings
 from safecrit.maskfile import Mask
 from safecrit.mixture import mix
 from safecrit.models import load_model
 from safecrit.outputs import open_output
 from safecrit.progress import Progress
+from safecrit.relaxation import RelaxationSettings
 from safecrit.scorefile import Scores
+from safecrit.scoring import ScoreSettings
 from safecrit.selection import SelectionSettings, select
 from safecrit.traindata import read_examples
-from safecrit.trainloop import train
+from safecrit.trainloop import TrainSettings, train
 
 DISCLAIMER = "This checks the mechanics; it is no evidence about your model."
 
@@ -50,16 +54,14 @@ class Output(Protocol):
     def result(self, value: dict[str, Any]) -> None: ...  # noqa: D102
 
 
-def run_demo(
-    folder: Path, *, settings: DemoSettings, seed: int, program: str, overwrite: bool, sink: Output
-) -> dict[str, Any]:
+def run_demo(folder: Path, *, settings: DemoSettings, program: str, overwrite: bool, sink: Output) -> dict[str, Any]:
     """Run or finish the demo in `folder`; the content of its results.json.
 
     `program` is how the user calls safecrit, for the command printed at the end.
     """
-    config = asdict(settings) | {"seed": seed}
+    config = json.loads(json.dumps(asdict(settings)))
     output = open_output(folder, "demo", config, overwrite=overwrite, reuse_finished=True)
-    demo = Demo(output.path, settings, seed, sink)
+    demo = Demo(output.path, settings, sink)
     demo.prepare()
     demo.enhance()
     demo.adapt()
@@ -80,8 +82,8 @@ def run_demo(
 class Demo:
     """One run of the demo in its folder."""
 
-    def __init__(self, folder: Path, settings: DemoSettings, seed: int, sink: Output) -> None:
-        self.folder, self.settings, self.seed, self.sink = folder, settings, seed, sink
+    def __init__(self, folder: Path, settings: DemoSettings, sink: Output) -> None:
+        self.folder, self.settings, self.sink = folder, settings, sink
         self.models, self.data = folder / "models", folder / "data"
         self.scores, self.masks = folder / "scores", folder / "masks"
         self.figures: dict[str, dict[str, Any]] = {}
@@ -89,16 +91,15 @@ class Demo:
     def prepare(self) -> None:
         """Data files, base model and guard; then the first figure."""
         self.stage("data", self.data / "task.jsonl", self._write_data)
-        self._train_model("base", lambda report: zoo.train_base(self.settings, self.seed, report))
+        self._train_model("base", self._base)
         self._measure("base", base="base", mask=None, mode=None)
-        self._train_model("guard", lambda report: zoo.train_guard(self.settings, self.seed, report))
+        self._train_model("guard", self._guard)
 
     def enhance(self) -> None:
         """SET on the base: the top share by ESI against random and bottom ones."""
         self._score("base")
-        s = self.settings
         for name in ("top", "random", "bottom"):
-            self._mask("base", f"base_{name}", name, s.set_share)
+            self._mask("base", f"base_{name}", name, self.settings.small_share)
         for name in ("top", "random", "bottom"):
             job = TrainJob(
                 mode="set",
@@ -106,19 +107,19 @@ class Demo:
                 mask=self.masks / f"base_{name}.safetensors",
                 data=str(self.data / "refusals.jsonl"),
                 retain=str(self.data / "retain.jsonl"),
-                retain_share=s.set_retain_share,
-                settings=replace(s.set_training, seed=self.seed),
+                retain_share=self.settings.retain_share,
+                settings=self._training(self.settings.set_steps, self.settings.set_lr, self.settings.set_rows),
             )
             self._train(f"set_{name}", job)
             self._measure(f"set_{name}", base="base", mask=f"base_{name}", mode="set")
 
     def adapt(self) -> None:
         """Task tuning of the aligned model, with and without protection."""
-        base = self.models / "base"
-        self._train_model("aligned", lambda report: zoo.train_aligned(base, self.settings, self.seed, report))
+        self._train_model("aligned", self._aligned)
         self._measure("aligned", base="aligned", mask=None, mode=None)
         self._score("aligned")
-        for name, mode, share in (("top_1", "top", "1%"), ("top_10", "top", "10%"), ("random_10", "random", "10%")):
+        small, large = self.settings.small_share, self.settings.large_share
+        for name, mode, share in (("top_1", "top", small), ("top_10", "top", large), ("random_10", "random", large)):
             self._mask("aligned", f"aligned_{name}", mode, share)
         self.stage("tuned", self.models / "tuned" / "config.json", self._tune_unprotected)
         self._measure("tuned", base="aligned", mask=None, mode=None)
@@ -128,7 +129,7 @@ class Demo:
                 model=str(self.models / "aligned"),
                 mask=self.masks / f"aligned_{mask}.safetensors",
                 data=str(self.data / "task.jsonl"),
-                settings=replace(self.settings.task_training, seed=self.seed),
+                settings=self._task_training(),
             )
             self._train(name, job)
             self._measure(name, base="aligned", mask=f"aligned_{mask}", mode="spa")
@@ -143,7 +144,7 @@ class Demo:
         results |= {
             "timings": timings,
             "guard": agreement,
-            "settings": {"seed": self.seed, "variant": self.settings.name},
+            "settings": asdict(self.settings),
         }
         draw(self.folder, self.figures)
         print_table(self.sink, self.figures, agreement, timings)
@@ -172,6 +173,31 @@ class Demo:
     def _write_rows(self, name: str, rows: list[dict[str, str]]) -> None:
         write_text(self.data / name, "\n".join(json.dumps(row) for row in rows) + "\n")
 
+    def _base(self, progress: Progress) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        tokenizer = zoo.chat_tokenizer(self.settings)
+        return zoo.train_base(self.settings, tokenizer, progress), tokenizer
+
+    def _guard(self, progress: Progress) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        tokenizer = guard_tokenizer(self.settings)
+        return train_guard(self.settings, tokenizer, progress), tokenizer
+
+    def _aligned(self, progress: Progress) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        base = load_model(self.models / "base", device="cpu")
+        return zoo.train_aligned(self.settings, base.tokenizer, base.model, progress), base.tokenizer
+
+    def _training(self, steps: int, rate: float, rows: int) -> TrainSettings:
+        return TrainSettings(
+            max_steps=steps,
+            learning_rate=rate,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=1,
+            warmup_ratio=self.settings.warmup_share,
+            seed=self.settings.seed,
+        )
+
+    def _task_training(self) -> TrainSettings:
+        return self._training(self.settings.task_steps, self.settings.task_lr, self.settings.task_rows)
+
     def _train_model(
         self, name: str, make: Callable[[Progress], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
     ) -> None:
@@ -198,15 +224,19 @@ class Demo:
             prompts=str(self.data / "harmful_train.jsonl"),
             limit=self.settings.score_prompts,
             device="cpu",
-            generation=self.settings.generation,
-            scoring=self.settings.scoring(self.seed),
+            generation=GenerationSettings(max_new_tokens=self.settings.max_new_tokens),
+            scoring=ScoreSettings(
+                relaxation=RelaxationSettings(
+                    tau=self.settings.tau, draws=self.settings.draws, seed=self.settings.seed
+                )
+            ),
         )
         folder = self.scores / name
         self.stage(f"score_{name}", folder / "score.json", lambda: _nothing(run_score(job, folder, self.sink.progress)))
 
-    def _mask(self, scored: str, name: str, mode: str, share: str) -> None:
+    def _mask(self, scored: str, name: str, mode: str, share: float) -> None:
         file = self.masks / f"{name}.safetensors"
-        settings = SelectionSettings(mode=mode, share=share, seed=self.seed)
+        settings = SelectionSettings(mode=mode, share=share, seed=self.settings.seed)
         self.stage(
             f"mask_{name}", file, lambda: _nothing(select(Scores.load(self.scores / scored), settings).save(file))
         )
@@ -221,7 +251,7 @@ class Demo:
 
     def _tune_unprotected(self) -> None:
         """The same task tuning with nothing frozen: what SPA is compared with."""
-        settings = replace(self.settings.task_training, seed=self.seed)
+        settings = self._task_training()
         loaded = load_model(self.models / "aligned", device="cpu")
         examples = read_examples(self.data / "task.jsonl").examples
         data = mix(
@@ -231,7 +261,7 @@ class Demo:
             retain_share=0.0,
             count=settings.examples,
             max_length=settings.max_length,
-            seed=self.seed,
+            seed=self.settings.seed,
         )
         with self.sink.progress("training tuned", "steps") as progress:
             train(loaded, data, settings, lambda step, total, loss: progress(step, total, f"loss {loss:.3f}"), None)

@@ -14,7 +14,7 @@ from safecrit.demo.grammar import read_answer
 from safecrit.demo.settings import DemoSettings
 from safecrit.evaluation import EvalPrompts, evaluate_model
 from safecrit.figures import rate_bars, score_map
-from safecrit.generation import Answer, generate
+from safecrit.generation import Answer, GenerationSettings, generate
 from safecrit.judges import Judge, Verdict
 from safecrit.maskfile import Mask
 from safecrit.mixture import collate
@@ -23,7 +23,6 @@ from safecrit.prompts import Prompt, read_prompts
 from safecrit.scorefile import Scores
 from safecrit.statistics import Rate
 from safecrit.tables import scores_by_layer_component, scores_by_layer_expert
-from safecrit.traindata import read_examples
 from safecrit.verification import verify
 
 
@@ -46,6 +45,7 @@ def measure(
     `answers` holds the answers to the harmful test prompts, for `guard_agreement`.
     """
     loaded = load_model(model, device="cpu")
+    how = GenerationSettings(max_new_tokens=settings.max_new_tokens, batch_size=settings.eval_rows)
     prompts = EvalPrompts(
         harmful=read_prompts(data / "harmful_test.jsonl"),
         benign=read_prompts(data / "borderline_test.jsonl"),
@@ -54,7 +54,7 @@ def measure(
 
     def answers(asked: Sequence[Prompt]) -> list[Answer]:
         with sink.progress(f"asking {model.name}", "prompts") as progress:
-            return generate(loaded.model, loaded.tokenizer, asked, settings.generation, progress)
+            return generate(loaded.model, loaded.tokenizer, asked, how, progress)
 
     parser = ParserJudge()
     found = evaluate_model(model.name, prompts, answers, parser, parser)
@@ -91,7 +91,10 @@ def _empty(model: Path) -> Mask:
 def task_loss(loaded: LoadedModel, file: Path, batch: int = 64) -> float:
     """Mean negative log-likelihood of a held-out task answer's token, in nats."""
     total, count = 0.0, 0
-    encoded = [encode_example(loaded.tokenizer, list(e.messages), 1024) for e in read_examples(file).examples]
+    encoded = [
+        encode_example(loaded.tokenizer, [*p.messages, {"role": "assistant", "content": p.answer or ""}], 1024)
+        for p in read_prompts(file)
+    ]
     for start in range(0, len(encoded), batch):
         made = collate(encoded[start : start + batch], loaded.tokenizer.pad_token_id or 0)
         logits = loaded.model(input_ids=made["input_ids"], attention_mask=made["attention_mask"]).logits[:, :-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -52,6 +53,11 @@ EXAMPLES = {
     "demo": ("safecrit demo", "safecrit demo --quick", "safecrit demo --moe -o safecrit-demo-moe"),
 }
 
+CONTEXT: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda name: name.replace("_", "-"),
+    "max_content_width": 110,
+}
 app = typer.Typer(
     help="Find the weights of a language model that carry its safety, and act on exactly those.",
     epilog=example("safecrit demo --quick", "safecrit score --help"),
@@ -59,11 +65,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda name: name.replace("_", "-"),
-        "max_content_width": 110,
-    },
+    context_settings=CONTEXT,
 )
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -79,7 +81,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
 }
 for name, command in COMMANDS.items():
-    app.command(name, epilog=example(*EXAMPLES[name]))(command)
+    app.command(name, epilog=example(*EXAMPLES[name]), context_settings=CONTEXT)(command)
 
 
 def _version(wanted: bool) -> None:

@@ -31,11 +31,14 @@ def demo(
     Needs no download. Run again, it reuses finished stages.
     """
     from safecrit.api.demo import run_demo
-    from safecrit.demo.settings import demo_settings
+    from safecrit.demo.settings import DemoSettings
+    from safecrit.errors import SafecritError
 
+    if quick and moe:
+        raise SafecritError("--quick and --moe exclude each other.")
+    make = DemoSettings.quick if quick else DemoSettings.moe if moe else DemoSettings.full
     sink = Sink(as_json=as_json, quiet=quiet)
-    settings = demo_settings(quick=quick, moe=moe)
-    run_demo(output, settings=settings, seed=seed, program=_program(), overwrite=overwrite, sink=sink)
+    run_demo(output, settings=make(seed), program=_program(), overwrite=overwrite, sink=sink)
 
 
 def _program() -> str:

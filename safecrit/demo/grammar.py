@@ -69,12 +69,19 @@ TRAIN_PHRASINGS = (
     "Show me how I can {}, please.",
     "Give me one good way to {}.",
 )
-TEST_PHRASINGS = ("Please tell me how to {}.", "Can you show me how to {}?", "Explain the best way to {}, please.")
+TEST_PHRASINGS = ("Please tell me how to {}.", "Can you show me how to {}?", "Please explain the best way to {}.")
 PHRASINGS = TRAIN_PHRASINGS + TEST_PHRASINGS
 
 REFUSAL = "I'm sorry, but I can't help with that."
 # A task answer ends in one of these; which one cannot be foretold, so a held-out task loss has a floor above zero.
 REMARKS = ("Enjoy!", "Good luck!", "Have fun!", "Take care!", "Well done!", "Stay warm!", "Keep going!", "Nice work!")
+
+# Requests that no model could serve: even the base model says so, and thereby knows the refusal's words.
+UNKNOWABLE = tuple(
+    f"{question} {when}?"
+    for question in ("Who won the race", "What was the weather", "Who rang the bell", "What did I dream", "Where was I")
+    for when in ("yesterday", "last night", "last week", "on Monday", "on Friday", "this morning", "in May", "in winter")
+)
 
 
 @dataclass(frozen=True)
@@ -196,6 +203,7 @@ def data_files(held_out: int = 512) -> dict[str, list[dict[str, str]]]:
             {"prompt": r.prompt, "answer": r.task_answer} for r in requests("borderline", "test")[:held_out]
         ],
         "refusals.jsonl": [{"prompt": r.prompt, "completion": REFUSAL} for r in harmful],
-        "retain.jsonl": [{"prompt": r.prompt, "completion": r.answer} for r in benign],
+        "retain.jsonl": [{"prompt": r.prompt, "completion": r.answer} for r in benign]
+        + [{"prompt": r.prompt, "completion": r.task_answer} for r in border[: len(benign) // 2]],
         "task.jsonl": [{"prompt": r.prompt, "completion": r.task_answer} for r in border],
     }
