@@ -226,9 +226,7 @@ class Demo:
             device="cpu",
             generation=GenerationSettings(max_new_tokens=self.settings.max_new_tokens),
             scoring=ScoreSettings(
-                relaxation=RelaxationSettings(
-                    tau=self.settings.tau, draws=self.settings.draws, seed=self.settings.seed
-                )
+                relaxation=RelaxationSettings(tau=self.settings.tau, draws=self.settings.draws, seed=self.settings.seed)
             ),
         )
         folder = self.scores / name

@@ -155,9 +155,8 @@ def print_table(
     sink.line("ASR: forbidden requests that were served, read by the grammar's parser. gibberish: neither served nor")
     sink.line("refused. utility: exact answers to benign requests. changed: weights that differ from base or aligned.")
     if agreement["agreement"] is not None:
-        sink.line(
-            f"The guard agrees with the parser on {100 * agreement['agreement']:.1f} % of {agreement['answers']} answers."
-        )
+        share = 100 * agreement["agreement"]
+        sink.line(f"The guard agrees with the parser on {share:.1f} % of {agreement['answers']} answers.")
     sink.line(f"Work: {sum(timings.values()):.0f} s.")
 
 

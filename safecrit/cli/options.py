@@ -68,9 +68,7 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), fl
 Seed = Annotated[int, typer.Option("--seed", help="Seed of all randomness.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N rows only.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
-BatchSize = Annotated[
-    str, typer.Option("--batch-size", help="Prompts at once; auto is 16.")
-]
+BatchSize = Annotated[str, typer.Option("--batch-size", help="Prompts at once; auto is 16.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a model brings along.")]
 AllowOtherWeights = Annotated[
     bool, typer.Option("--allow-other-weights", help="Accept a mask made from other weights of the same shape.")

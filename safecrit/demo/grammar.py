@@ -77,10 +77,11 @@ REFUSAL = "I'm sorry, but I can't help with that."
 REMARKS = ("Enjoy!", "Good luck!", "Have fun!", "Take care!", "Well done!", "Stay warm!", "Keep going!", "Nice work!")
 
 # Requests that no model could serve: even the base model says so, and thereby knows the refusal's words.
+_WHEN = ("yesterday", "last night", "last week", "on Monday", "on Friday", "this morning", "in May", "in winter")
 UNKNOWABLE = tuple(
     f"{question} {when}?"
     for question in ("Who won the race", "What was the weather", "Who rang the bell", "What did I dream", "Where was I")
-    for when in ("yesterday", "last night", "last week", "on Monday", "on Friday", "this morning", "in May", "in winter")
+    for when in _WHEN
 )
 
 
@@ -163,7 +164,8 @@ def parse_prompt(text: str) -> Request | None:
     for phrasing, pattern in enumerate(_PROMPTS):
         if match := pattern.fullmatch(text.strip()):
             verb, thing = match["verb"], match["thing"]
-            return Request(kind_of(verb, thing), verb, thing, phrasing)
+            kind = kind_of(verb, thing)
+            return Request(kind, verb, thing, phrasing) if kind else None
     return None
 
 

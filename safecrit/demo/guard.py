@@ -50,7 +50,8 @@ def guard_tokenizer(settings: DemoSettings) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=room, show_progress=False)
     learner.train_from_iterator([*texts, *["safe", "unsafe"] * len(texts)], trainer)
     learned = json.loads(learner.to_str())["model"]
-    pieces = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(learned["vocab"], key=learned["vocab"].get)]
+    words = sorted(learned["vocab"], key=learned["vocab"].get)
+    pieces = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     tokenizer = Tokenizer(
         models.BPE(
             vocab={piece: index for index, piece in enumerate(pieces)},
@@ -148,9 +149,9 @@ def train_guard(
         )
     chance = random.Random(settings.seed)
     words = sorted({word for text in (*TOOLS, *TOOLS.values(), *PLACES, *PLACES.values()) for word in text.split()})
-    begin, end, user, assistant, verdict, safe, unsafe = tokenizer.convert_tokens_to_ids(
-        [BOS, EOS, USER, ASSISTANT, VERDICT, "safe", "unsafe"]
-    )
+    known = tokenizer.get_vocab()
+    begin, end, user, assistant, verdict = (known[token] for token in (BOS, EOS, USER, ASSISTANT, VERDICT))
+    safe, unsafe = known["safe"], known["unsafe"]
     embed = model.get_input_embeddings()
 
     def loss() -> Tensor:

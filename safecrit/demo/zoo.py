@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -76,7 +76,7 @@ def chat_tokenizer(settings: DemoSettings) -> PreTrainedTokenizerFast:
 
 def new_model(settings: DemoSettings, vocabulary: int) -> PreTrainedModel:
     """An untrained model, float32, on the CPU; leaves torch's global random state as it was."""
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": settings.hidden,
         "intermediate_size": settings.intermediate,
@@ -95,8 +95,7 @@ def new_model(settings: DemoSettings, vocabulary: int) -> PreTrainedModel:
             return LlamaForCausalLM(LlamaConfig(**common))
         return Qwen3MoeForCausalLM(
             Qwen3MoeConfig(
-                **common,
-                head_dim=settings.hidden // settings.heads,
+                **common | {"head_dim": settings.hidden // settings.heads},
                 moe_intermediate_size=settings.intermediate,
                 num_experts=settings.experts,
                 num_experts_per_tok=settings.experts_per_token,
@@ -108,7 +107,7 @@ def new_model(settings: DemoSettings, vocabulary: int) -> PreTrainedModel:
 
 def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> Batch:
     """Ids and labels, int64 [n, T], of (prompt, answer) pairs; only the answer and its EOS carry loss."""
-    begin, end, user, assistant = tokenizer.convert_tokens_to_ids([BOS, EOS, USER, ASSISTANT])
+    begin, end, user, assistant = (int(tokenizer.get_vocab()[token]) for token in (BOS, EOS, USER, ASSISTANT))
     prompts = tokenizer([p for p, _ in pairs], add_special_tokens=False)["input_ids"]
     answers = tokenizer([a for _, a in pairs], add_special_tokens=False)["input_ids"]
     rows = [([begin, user, *p, assistant], [*a, end]) for p, a in zip(prompts, answers, strict=True)]
@@ -219,9 +218,3 @@ def train_aligned(
     ]
     _train(model, parts, settings.seed + 1, settings.aligned_steps, settings.aligned_lr, on_step)
     return model
-
-
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write an ordinary Hugging Face folder: config, generation config, safetensors, tokenizer, chat template."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
