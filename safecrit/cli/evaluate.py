@@ -131,10 +131,13 @@ def _print(evaluation: Evaluation, results: dict[str, Any], sink: Sink) -> None:
         failed = sum(failure["count"] for failure in figures["judge_failures"].values())
         rows.append((name, *(share(figures.get(key)) for key, _ in measured), failed))
     sink.table("Rates with 95 % Wilson intervals", ("model", *(label for _, label in measured), "judge failures"), rows)
-    for name, figures in results["models"].items():
-        for key, label in measured:
-            if figures.get(key):
-                sink.line(f"{name}: {label} of {figures[key]['n']} {figures[key]['denominator']}")
+    for key, label in measured:
+        counted = {
+            f"{figures[key]['n']} {figures[key]['denominator']}": name
+            for name, figures in results["models"].items()
+            if figures.get(key)
+        }
+        sink.line(f"{label}: of {' / '.join(counted)}")
     if results["paired"]:
         sink.line()
     for row in results["paired"]:

@@ -161,5 +161,5 @@ def _run(
     if not report.ok:
         raise CheckFailed(report.message())
     folder.finish()
-    sink.line(f"Verified: {report.message()}")
+    sink.line(report.message())
     sink.line(f"Output: {folder.path}")
