@@ -37,12 +37,13 @@ def _byte_of_char() -> dict[str, int]:
 class Vocabulary:
     """What every token id of a tokenizer stands for.
 
-    `pieces[i]` is the bytes of id i (empty for specials), `special[i]` whether i
-    is a special token, `style` how the vocabulary writes bytes.
+    `pieces[i]` is the bytes of id i (empty for specials), `special` the special
+    tokens, `fallback` the byte tokens `<0xAB>`, `style` how the vocabulary writes bytes.
     """
 
     pieces: tuple[bytes, ...]
     special: frozenset[int]
+    fallback: frozenset[int]
     style: str
 
     def spelled(self, piece: bytes) -> str | None:
@@ -81,7 +82,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
     by_id = tokenizer.get_vocab()
     pieces = [b""] * (max(by_id.values(), default=-1) + 1)
-    chars = _byte_of_char()
+    chars, fallback = _byte_of_char(), set()
     for text, i in by_id.items():
         if i in special:
             continue
@@ -91,9 +92,10 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
             pieces[i] = bytes(chars[char] for char in text)
         elif len(text) == 6 and text.startswith("<0x") and text.endswith(">") and style != "byte-level":
             pieces[i] = bytes([int(text[3:5], 16)])
+            fallback.add(i)
         else:
             pieces[i] = (text.replace("\u2581", " ") if style == "metaspace" else text).encode("utf-8")
-    return Vocabulary(tuple(pieces), frozenset(special), style)
+    return Vocabulary(tuple(pieces), frozenset(special), frozenset(fallback), style)
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
@@ -223,9 +225,10 @@ def vocabulary_matrix(
     neither reaches is zero. `*_rows` are the heights of the two embeddings.
     """
     exact: dict[bytes, int] = {}
-    for i in range(min(len(judge.pieces), judge_rows) - 1, -1, -1):
-        if judge.pieces[i]:
-            exact[judge.pieces[i]] = i
+    for i, piece in enumerate(judge.pieces[:judge_rows]):
+        # A byte token stands for its byte only where no ordinary piece does: the judge never reads it otherwise.
+        if piece and (piece not in exact or (exact[piece] in judge.fallback and i not in judge.fallback)):
+            exact[piece] = i
     merges = judge_tokenizer.backend_tokenizer.model
     columns: list[int] = []
     counts = np.zeros(model_rows, dtype=np.int64)
@@ -250,11 +253,11 @@ def vocabulary_matrix(
     return VocabularyMatrix(coo.coalesce(), torch.from_numpy(counts > 0))
 
 
-def identity_matrix(vocab: Vocabulary, rows: int) -> VocabularyMatrix:
+def identity_matrix(vocab: Vocabulary, rows: int, judge_rows: int) -> VocabularyMatrix:
     """P between equal tokenizers: the identity on text tokens, zero rows for specials and padding rows."""
-    text = [i for i, piece in enumerate(vocab.pieces[:rows]) if piece]
+    text = [i for i, piece in enumerate(vocab.pieces[: min(rows, judge_rows)]) if piece]
     live = torch.zeros(rows, dtype=torch.bool)
     live[text] = True
     index = torch.tensor([text, text], dtype=torch.int64)
-    matrix = torch.sparse_coo_tensor(index, torch.ones(len(text)), (rows, rows), check_invariants=True)
+    matrix = torch.sparse_coo_tensor(index, torch.ones(len(text)), (rows, judge_rows), check_invariants=True)
     return VocabularyMatrix(matrix.coalesce(), live)

@@ -228,14 +228,22 @@ class _Rendering:
         return whole if whole[: len(ids)] == ids else ids + self.encode(longer[len(text) :], inside=True)
 
     def _continue(self, piece: str, plain: bool) -> list[int]:
-        # After a newline, lest SentencePiece put the space of a text's start before it.
-        anchor, ids = self._ids("\n", False), self._ids("\n" + piece, plain)
-        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._ids(piece, plain)
+        return encode_continuation(self.tokenizer, piece, plain=plain)
 
     def _ids(self, text: str, plain: bool) -> list[int]:
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)
-        ids: list[int] = encoded["input_ids"]
-        return ids
+        return _ids(self.tokenizer, text, plain)
+
+
+def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str, *, plain: bool = False) -> list[int]:
+    """Token ids of a text that continues another one; with `plain`, special-token text in it stays text."""
+    # After a newline, lest SentencePiece put the space of a text's start before it.
+    anchor, ids = _ids(tokenizer, "\n", False), _ids(tokenizer, "\n" + text, plain)
+    return ids[len(anchor) :] if ids[: len(anchor)] == anchor else _ids(tokenizer, text, plain)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, plain: bool) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+    return ids
 
 
 def _dated(template: str) -> str:

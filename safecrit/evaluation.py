@@ -107,7 +107,7 @@ def _judged(
     refusal_judge: Judge,
     correct: Callable[[str, str], bool],
 ) -> list[Sample]:
-    pairs = [(prompt.text, text) for prompt, text in zip(asked, texts, strict=True)]
+    pairs = [(prompt.conversation, text) for prompt, text in zip(asked, texts, strict=True)]
     verdicts: list[Verdict | None] = [None] * len(pairs)
     refusals: list[Verdict | None] = [None] * len(pairs)
     if set_name == "harmful":

@@ -14,6 +14,7 @@ from typing import Any
 
 from safecrit.errors import FormatError, SafecritError
 
+PART = ".part"  # ends the name of a file that is being written
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference reader
 
 
@@ -25,11 +26,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
     existing file at `path` is left as it was. A full disk is reported as such.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
@@ -41,7 +43,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
             "free some space or choose another -o."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

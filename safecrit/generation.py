@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safecrit.chat import encode_prompt
+from safecrit.chat import encode_continuation, encode_prompt
 from safecrit.errors import SafecritError
+from safecrit.models import context_window
 from safecrit.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -51,13 +52,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
         if value is not None:
             ids.update([value] if isinstance(value, int) else value)
     return sorted(ids)
-
-
-def context_window(model: PreTrainedModel) -> int | None:
-    """The longest sequence the model's configuration allows, in tokens, where it says so."""
-    config = model.config.get_text_config()
-    value = getattr(config, "max_position_embeddings", None)
-    return int(value) if value else None
 
 
 def generate(
@@ -152,5 +146,5 @@ def _generate_batch(
 
 def answers_from_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Answer]:
     """Answers made elsewhere, tokenised as the model would see them."""
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    encoded = [encode_continuation(tokenizer, text, plain=True) for text in texts]
     return [Answer(text=text, ids=tuple(ids), finished=True) for text, ids in zip(texts, encoded, strict=True)]

@@ -8,11 +8,13 @@ masks and deltas speak of checkpoint tensors.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from safecrit.checkpoint_map import keep_stored_names
 from safecrit.errors import SafecritError
@@ -22,11 +24,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+NO_FOLDER = Path(os.devnull)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model ready for use, with where it came from."""
+    """A model ready for use, with where it came from; `folder` is NO_FOLDER for one made in memory."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -43,8 +46,10 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise SafecritError(f"--device {name}: unknown device. Use auto, cpu, cuda or cuda:1.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SafecritError(f"--device {name}: this torch sees no CUDA device. Use --device cpu.")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SafecritError(f"--device {name}: cannot be used by this torch here. Use --device cpu.") from error
     return device
 
 
@@ -89,6 +94,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise SafecritError(f"{folder}/config.json: is no JSON object.")
     return config
+
+
+def context_window(model: PreTrainedModel) -> int | None:
+    """The longest sequence the model's configuration allows, in tokens, where it says so."""
+    config = model.config.get_text_config()
+    value = getattr(config, "max_position_embeddings", None)
+    return int(value) if value else None
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -140,7 +152,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )  # type: ignore[misc]
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SafecritError(f"{model}: cannot be loaded as a causal language model ({_first_line(error)}).") from error
     missing = sorted(problems.get("missing_keys", ()))
     if missing:

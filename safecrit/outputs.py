@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from safecrit.errors import SafecritError
-from safecrit.files import write_text
+from safecrit.files import PART, write_text
 
 PACKAGES = ("safecrit", "torch", "transformers", "safetensors", "numpy")
 
@@ -65,21 +65,16 @@ def open_output(
     if path.exists() and not path.is_dir():
         raise SafecritError(f"{path}: is a file, the output is a folder. Choose another -o.")
     resumed = False
-    for place in (path, config_file.parent):
-        for stale in place.glob(".*.part") if place.is_dir() else ():
-            if stale.is_file():
-                stale.unlink()  # what a killed run was writing
-    if path.is_dir() and any(path.iterdir()):
-        if not config_file.is_file():
+    if path.is_dir() and any(not _is_leftover(entry, config_file) for entry in path.iterdir()):
+        earlier = _read(config_file) if config_file.is_file() else {}
+        if not {"command", "config", "finished"} <= set(earlier):
             raise SafecritError(f"{path}: exists and is no output of `safecrit {command}`. Choose another -o.")
-        earlier = _read(config_file)
-        differing = _differences(earlier.get("config", {}), config)
+        if earlier["command"] != command:
+            raise SafecritError(f"{path}: holds the output of `safecrit {earlier['command']}`. Choose another -o.")
+        differing = _differences(earlier["config"], config)
         if overwrite:
+            _check_inputs_outside(path, config)
             shutil.rmtree(path)
-        elif earlier.get("command") != command:
-            raise SafecritError(
-                f"{path}: holds the output of `safecrit {earlier.get('command')}`. Use --overwrite or another -o."
-            )
         elif differing:
             raise SafecritError(
                 f"{path}: holds a run with other settings ({'; '.join(differing)}). Use --overwrite or another -o."
@@ -90,8 +85,29 @@ def open_output(
             )
         else:
             resumed = True
+    for place in (path, config_file.parent):
+        for stale in place.glob(f".*{PART}") if place.is_dir() else ():
+            stale.unlink()
     _write(config_file, command, config, finished=False)
     return OutputFolder(path=path, config_file=config_file, command=command, config=config, resumed=resumed)
+
+
+def _is_leftover(entry: Path, config_file: Path) -> bool:
+    """What a run leaves that stopped before it did anything: half a file, or nothing but our own config.yaml."""
+    if entry == config_file:
+        return {"command", "config", "finished"} <= set(_read(config_file))
+    if entry == config_file.parent:
+        return all(_is_leftover(inner, config_file) for inner in entry.iterdir())
+    return entry.is_file() and entry.name.startswith(".") and entry.name.endswith(PART)
+
+
+def _check_inputs_outside(path: Path, config: dict[str, Any]) -> None:
+    inside = path.resolve()
+    for key, value in config.items():
+        for name in value if isinstance(value, list) else [value]:
+            place = Path(name).resolve() if isinstance(name, str) else inside
+            if place != inside and place.exists() and inside in place.parents:
+                raise SafecritError(f"{path}: --overwrite would delete the input {name} ({key}). Choose another -o.")
 
 
 def check_output_file(path: Path, *, overwrite: bool = False) -> Path:

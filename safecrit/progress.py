@@ -27,6 +27,7 @@ class Progress:
     def __init__(self, what: str, unit: str, *, quiet: bool = False) -> None:
         self.what, self.unit, self.quiet = what, unit, quiet
         self.start = self.last = time.monotonic()
+        self.before = 0
         self.bar: Any = None
         self.task: Any = None
 
@@ -49,12 +50,16 @@ class Progress:
         self.start = self.last = time.monotonic()
         return self
 
+    def begin(self, done: int) -> None:
+        """`done` units were finished before; they do not count for the rate."""
+        self.before = done
+
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """`done` of `total` units are finished; `note` is shown beside the rate."""
         now = time.monotonic()
         if self.quiet:
             return
-        rate = done / max(now - self.start, 1e-9)
+        rate = (done - self.before) / max(now - self.start, 1e-9)
         shown = f"{rate:.1f} {self.unit}/s {note}".strip()
         if self.bar is not None:
             self.bar.update(self.task, completed=done, total=total, rate=shown)

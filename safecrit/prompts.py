@@ -42,6 +42,13 @@ class Prompt:
         return self.messages[-1]["content"]
 
     @property
+    def conversation(self) -> str:
+        """What a judge is shown as the prompt: the user's turn, or all turns by role where there are several users'."""
+        if sum(turn["role"] == "user" for turn in self.messages) == 1:
+            return self.text
+        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in self.messages)
+
+    @property
     def hash(self) -> str:
         """16 hex digits of the sha256 of the turns; recognises a prompt without showing it."""
         turns = json.dumps([[turn["role"], turn["content"]] for turn in self.messages], ensure_ascii=True)
@@ -71,7 +78,11 @@ def read_rows(source: str | Path) -> list[dict[str, Any]]:
         raise SafecritError(f"{path}: is empty.")
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        return [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
+        csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+        try:
+            return [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
+        except csv.Error as error:
+            raise SafecritError(f"{path}: broken CSV ({error}).") from error
     rows = _json_lines(path, text) if suffix == ".jsonl" else _json(path, text)
     if not all(isinstance(row, dict) for row in rows):
         raise SafecritError(f"{path}: every row must be an object with named columns.")

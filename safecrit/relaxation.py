@@ -120,12 +120,14 @@ def conditional_gumbel(logits: torch.Tensor, winners: torch.Tensor, gumbel: torc
 
     The winner's sum is a Gumbel shifted by logsumexp(logits); every other sum is
     a Gumbel of its own location, truncated at the winner's (Maddison, Tarlow and
-    Minka, "A* Sampling", 2014, section 3). The noise (result - logits) is a constant
+    Minka, "A* Sampling", 2014, section 3). The result is shifted
+    by a constant a row, which a softmax ignores. The noise (result - logits) is a constant
     of the point where it was drawn: no gradient flows through it.
     """
     rows = torch.arange(len(winners), device=logits.device)
-    top = gumbel[rows, winners] + torch.logsumexp(logits, dim=-1)
-    own = logits + gumbel
-    below = -torch.log(torch.exp(-own) + torch.exp(-top)[:, None])
+    # Relative to their logsumexp, logits of any size stay clear of overflow; softmax ignores the shift.
+    own = logits - torch.logsumexp(logits, dim=-1, keepdim=True) + gumbel
+    top = gumbel[rows, winners]
+    below = -torch.logaddexp(-own, -top[:, None])
     below[rows, winners] = top
     return below

@@ -8,9 +8,10 @@ gradient at a time, into float32 accumulators (`GradientStream`).
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -32,7 +33,12 @@ from safecrit.relaxation import RelaxationSettings, Relaxed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Progress = Callable[[int, int], None]
+
+class Progress(Protocol):
+    """Hears of finished prompts; `begin` says how many an earlier run had finished."""
+
+    def begin(self, done: int) -> None: ...  # noqa: D102
+    def __call__(self, done: int, total: int) -> None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +80,13 @@ class Bridge:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, judge: GuardJudge) -> None:
         self.judge, self.vocabulary = judge, vocabulary(tokenizer)
         self.equal = same_tokenizer(tokenizer, judge.tokenizer)
+        self.skipped = torch.tensor(sorted(self.vocabulary.special), dtype=torch.long)
         table = judge.model.get_input_embeddings().weight
         output = model.get_output_embeddings()
         rows = int(output.weight.shape[0]) if output is not None else int(model.config.get_text_config().vocab_size)
         matrix: VocabularyMatrix
-        if self.equal and rows == table.shape[0]:
-            matrix = identity_matrix(self.vocabulary, rows)
+        if self.equal:
+            matrix = identity_matrix(self.vocabulary, rows, table.shape[0])
         else:
             matrix = vocabulary_matrix(self.vocabulary, judge.vocabulary, judge.tokenizer, rows, table.shape[0])
         self.live = matrix.live.to(table.device)
@@ -87,14 +94,23 @@ class Bridge:
         with torch.no_grad():
             self.bridged = matrix.embed(judge.model.get_input_embeddings()(ids).detach())
 
-    def read(self, item: Item) -> tuple[GuardInput, torch.Tensor] | None:
-        """The judge's input of one answer and its position matrix A [m, T]; None where the answer holds no text."""
+    def unfit(self, item: Item) -> str:
+        """Why an answer cannot be judged, or nothing."""
+        if not spell(item.answer_ids, self.vocabulary).text:
+            return "empty answer"
+        return "" if self.judge.fits(self.read(item)[0]) else "longer than the judge's window"
+
+    def read(self, item: Item) -> tuple[GuardInput, torch.Tensor]:
+        """The judge's input of an answer that holds text, and its position matrix A [m, T].
+
+        Special tokens inside an answer are no part of what the judge reads.
+        """
         spelt = spell(item.answer_ids, self.vocabulary)
-        if not spelt.text:
-            return None
         if self.equal:
-            entry = self.judge.read(item.prompt, spelt.text, item.answer_ids)
-            return entry, torch.eye(len(item.answer_ids))
+            ids = torch.tensor(item.answer_ids)
+            text = ~torch.isin(ids, self.skipped)
+            entry = self.judge.read(item.prompt, spelt.text, ids[text].tolist())
+            return entry, torch.eye(len(ids))[text]
         entry = self.judge.read(item.prompt, spelt.text)
         assert entry.spans is not None
         return entry, position_matrix(entry.spans, spelt.spans)
@@ -102,21 +118,19 @@ class Bridge:
 
 def logit_gradients(
     bridge: Bridge, items: Sequence[Item], logits: Sequence[torch.Tensor], settings: ScoreSettings
-) -> tuple[list[torch.Tensor], list[float]]:
-    """d s / d logits and s of each answer, averaged over the draws.
+) -> tuple[list[torch.Tensor], list[float], list[float]]:
+    """d s / d logits, s and the log-odds of safe of each answer, averaged over the draws.
 
     logits: [T, V] of each answer's positions, without graph. Returns gradients
-    of the same shapes in float32 (or wider) and one s each (natural logarithm units
-    for log-odds). The judge's graph never outlives a batch of conversations.
+    of the same shapes in float32 (or wider) and two numbers each (natural logarithms,
+    but for the objective `prob`). The judge's graph never outlives a batch of conversations.
     """
     relaxed: list[Relaxed] = []
     entries: list[GuardInput] = []
     embedded: list[torch.Tensor] = []
     device = bridge.bridged.device
     for item, rows in zip(items, logits, strict=True):
-        read = bridge.read(item)
-        assert read is not None, "items without text are dropped before"
-        entry, weights = read
+        entry, weights = bridge.read(item)
         ids = torch.tensor(item.answer_ids, dtype=torch.long, device=device)
         one = Relaxed(
             logits=rows.to(device),
@@ -132,7 +146,7 @@ def logit_gradients(
         embedded.append(bridge.judge.embed(entry).to(one.bridged.dtype))
     draws = settings.relaxation.effective_draws
     gradients = [torch.zeros_like(one.logits, dtype=one.dtype) for one in relaxed]
-    values = [0.0] * len(items)
+    values, odds = [0.0] * len(items), [0.0] * len(items)
     work = sorted(
         ((n, d) for n in range(len(items)) for d in range(draws)), key=lambda nd: (len(entries[nd[0]].ids), nd)
     )
@@ -143,11 +157,14 @@ def logit_gradients(
             leaf = embedded[n].clone()
             leaf[entries[n].answer] += relaxed[n].shift(draw)
             leaves.append(leaf.requires_grad_(True))
-        s = bridge.judge.objective(bridge.judge.verdicts([entries[n] for n, _ in chunk], leaves))
+        verdicts = bridge.judge.verdicts([entries[n] for n, _ in chunk], leaves)
+        s = bridge.judge.objective(verdicts)
+        for (n, _), (safe, unsafe) in zip(chunk, verdicts.tolist(), strict=True):
+            odds[n] += (safe - unsafe) / draws
         for (n, draw), leaf_grad, value in zip(chunk, torch.autograd.grad(s.sum(), leaves), s.tolist(), strict=True):
             values[n] += value / draws
             relaxed[n].backward(draw, leaf_grad[entries[n].answer] / draws, gradients[n])
-    return gradients, values
+    return gradients, values, odds
 
 
 def forward_logits(model: PreTrainedModel, items: Sequence[Item]) -> tuple[torch.Tensor, list[tuple[int, slice]]]:
@@ -190,9 +207,9 @@ class Scorer:
         self.model, self.settings, self.state = model, settings, ScoreState()
         self.bridge = Bridge(model, tokenizer, judge)
         self.stream = GradientStream(model, anatomy, method=settings.method, reduction=settings.reduction)
-        self.empty = [item for item in items if self.bridge.read(item) is None]
-        skipped = {id(item) for item in self.empty}
-        rest = [item for item in items if id(item) not in skipped]
+        reasons = [(item, self.bridge.unfit(item)) for item in items]
+        self.unfit = [{"row": item.row, "reason": reason} for item, reason in reasons if reason]
+        rest = [item for item, reason in reasons if not reason]
         rest.sort(key=lambda item: (len(item.prompt_ids) + len(item.answer_ids), item.row))
         size = settings.batch_size if settings.reduction == "signed" else 1
         self.plan = [rest[start : start + size] for start in range(0, len(rest), size)]
@@ -215,6 +232,8 @@ class Scorer:
         with self.stream:
             self._restart(restore)
             saved = self.state.used
+            if progress is not None and self.state.batches:
+                progress.begin(self.state.used + len(self.state.dropped))
             while self.state.batches < len(self.plan):
                 number = self.state.batches
                 batch = self.plan[number]
@@ -250,7 +269,7 @@ class Scorer:
     def _restart(self, restore: Callable[[dict[str, torch.Tensor]], ScoreState | None] | None) -> None:
         self.stream.reset()
         self.state = (restore(self.stream.accumulators) if restore is not None else None) or ScoreState(
-            dropped=[{"row": item.row, "reason": "empty answer"} for item in self.empty]
+            dropped=list(self.unfit)
         )
         self._check_dropped()
 
@@ -258,14 +277,14 @@ class Scorer:
         """Score one batch; False where a weight's gradient was not finite (with `guard`, nothing was added then)."""
         logits, where = forward_logits(self.model, items)
         rows = [logits[row, span].detach() for row, span in where]
-        gradients, values = logit_gradients(self.bridge, items, rows, self.settings)
+        gradients, values, odds = logit_gradients(self.bridge, items, rows, self.settings)
         out = torch.zeros_like(logits)
-        kept: list[tuple[Item, float, float]] = []
-        for item, (row, span), gradient, value in zip(items, where, gradients, values, strict=True):
+        kept: list[tuple[Item, dict[str, float]]] = []
+        for item, (row, span), gradient, value, odd in zip(items, where, gradients, values, odds, strict=True):
             norm = float(gradient.norm())
-            if value == value and abs(value) != float("inf") and norm == norm and norm != float("inf"):
+            if math.isfinite(value) and math.isfinite(norm):
                 out[row, span] = gradient.to(device=out.device, dtype=out.dtype)
-                kept.append((item, value, norm))
+                kept.append((item, {"s": value, "log_odds": odd, "gradient_norm": norm}))
             else:
                 self.state.dropped.append({"row": item.row, "reason": "judge's value or gradient not finite"})
         if guard and kept:
@@ -274,15 +293,15 @@ class Scorer:
             self.stream.check_only = False
             if self.stream.nonfinite:
                 self.stream.nonfinite = 0
-                self.state.dropped += [{"row": item.row, "reason": "weight gradient not finite"} for item, _, _ in kept]
+                self.state.dropped += [{"row": item.row, "reason": "weight gradient not finite"} for item, _ in kept]
                 return False
         if kept:
             logits.backward(out)
         if self.stream.nonfinite:
             self.stream.nonfinite = 0
             return False
-        for item, value, norm in kept:
-            self.state.values[str(item.row)] = {"s": value, "gradient_norm": norm}
+        for item, found in kept:
+            self.state.values[str(item.row)] = found
         self.state.used += len(kept)
         return True
 

@@ -109,7 +109,7 @@ def test_bytes_split_over_tokens_reach_the_byte_tokens() -> None:
 
 def test_identity_leaves_specials_out() -> None:
     made = tiny.tokenizer()
-    matrix = identity_matrix(vocabulary(made), len(made))
+    matrix = identity_matrix(vocabulary(made), len(made), len(made))
     assert torch.equal(matrix.matrix.to_dense(), torch.diag(matrix.live.float()))
     assert not matrix.live[:4].any() and matrix.live[4:].all()
 
@@ -126,3 +126,21 @@ def test_real_bridge_rows_sum_to_one(shared: Path) -> None:
     sums = torch.sparse.sum(matrix.matrix, 1).to_dense()
     torch.testing.assert_close(sums, matrix.live.float())
     assert int((~matrix.live).sum()) == len(a.special)
+
+
+def test_characters_with_a_piece_of_their_own_do_not_become_byte_tokens() -> None:
+    made, other = tiny.tokenizer("byte-level"), tiny.tokenizer("metaspace")
+    a, b = vocabulary(made), vocabulary(other)
+    dense = vocabulary_matrix(a, b, other, len(a.pieces), len(b.pieces)).matrix.to_dense()
+    for character in (b"a", b" ", b"?"):
+        target = int(dense[a.pieces.index(character)].argmax())
+        assert b.pieces[target] == character and target not in b.fallback
+    assert len(b.fallback) == 256
+
+
+def test_equal_tokenizers_with_a_padded_judge_table_keep_their_tokens() -> None:
+    vocab = vocabulary(tiny.tokenizer("metaspace"))
+    size = len(vocab.pieces)
+    dense = identity_matrix(vocab, size, size + 5).matrix.to_dense()
+    assert dense.shape == (size, size + 5)
+    assert torch.equal(dense[:, :size], torch.diag(identity_matrix(vocab, size, size).live.float()))

@@ -13,6 +13,9 @@ def test_a_folder_is_taken_resumed_and_then_closed(tmp_path: Path) -> None:
     out = tmp_path / "a"
     first = open_output(out, "score", {"x": 1})
     assert not first.resumed
+    assert not open_output(out, "score", {"x": 7}).resumed  # nothing was done yet, so nothing is resumed or refused
+    first = open_output(out, "score", {"x": 1})
+    (out / "samples.jsonl").write_text("{}")
     assert open_output(out, "score", {"x": 1}).resumed
     with pytest.raises(SafecritError, match=r"other settings \(x: 1 -> 2\)"):
         open_output(out, "score", {"x": 2})
@@ -23,18 +26,22 @@ def test_a_folder_is_taken_resumed_and_then_closed(tmp_path: Path) -> None:
         open_output(out, "score", {"x": 1})
     assert open_output(out, "score", {"x": 1}, reuse_finished=True).resumed
     (out / "result").write_text("old")
+    with pytest.raises(SafecritError, match=r"would delete the input .*result \(model\)"):
+        open_output(out, "score", {"x": 2, "model": str(out / "result")}, overwrite=True)
     assert not open_output(out, "score", {"x": 2}, overwrite=True).resumed
     assert not (out / "result").exists()
 
 
 def test_foreign_folders_and_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
+    (tmp_path / "config.yaml").write_text("lr: 0.1")
+    (tmp_path / ".thesis.part").write_text("x")
     for overwrite in (False, True):
         with pytest.raises(SafecritError, match="is no output of"):
             open_output(tmp_path, "score", {}, overwrite=overwrite)
     with pytest.raises(SafecritError, match="is a file"):
         open_output(tmp_path / "thesis.txt", "score", {})
-    assert (tmp_path / "thesis.txt").read_text() == "x"
+    assert (tmp_path / "thesis.txt").read_text() == (tmp_path / ".thesis.part").read_text() == "x"
 
 
 def test_a_run_killed_while_writing_its_first_file_is_no_obstacle(tmp_path: Path) -> None:

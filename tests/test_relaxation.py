@@ -82,6 +82,14 @@ def test_a_sharp_relaxation_of_certain_logits_changes_nothing() -> None:
     assert float(sure.shift(0).abs().max()) < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["gumbel", "gumbel-conditional", "softmax"])
+@pytest.mark.parametrize("offset", [-1000.0, 500.0])
+def test_an_offset_of_all_logits_changes_nothing(kind: str, offset: float) -> None:
+    one = made(kind)
+    moved = dataclasses.replace(one, logits=one.logits + offset)
+    torch.testing.assert_close(moved.shift(0), one.shift(0), rtol=1e-9, atol=1e-11)
+
+
 def test_conditional_gumbel_follows_the_truncated_distribution() -> None:
     """The winner always wins, and the runner-up is distributed as in noise that happens to make it win."""
     generator = torch.Generator().manual_seed(0)
@@ -90,7 +98,7 @@ def test_conditional_gumbel_follows_the_truncated_distribution() -> None:
     def gumbel() -> torch.Tensor:
         return -torch.log(-torch.log(torch.rand(40_000, 4, generator=generator, dtype=torch.float64)))
 
-    sums = conditional_gumbel(logits, torch.full((40_000,), 0), gumbel())
+    sums = conditional_gumbel(logits, torch.full((40_000,), 0), gumbel()) + torch.logsumexp(logits, 1, keepdim=True)
     assert (sums.argmax(1) == 0).all()
     free = logits + gumbel()
     won = free[free.argmax(1) == 0]

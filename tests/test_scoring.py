@@ -37,7 +37,7 @@ def make(case: str, kind: str = "llama", words: tuple[str, str] = ("safe", "unsa
 def value(model: PreTrainedModel, bridge: Bridge, items: list[Item], settings: ScoreSettings) -> float:
     with torch.no_grad():
         logits, where = forward_logits(model, items)
-    _, values = logit_gradients(bridge, items, [logits[row, span] for row, span in where], settings)
+    _, values, _ = logit_gradients(bridge, items, [logits[row, span] for row, span in where], settings)
     return sum(values) / len(values)
 
 
@@ -88,8 +88,8 @@ def test_bridged_path_equals_the_direct_one_for_equal_tokenizers() -> None:
     with torch.no_grad():
         logits, where = forward_logits(model, items)
     rows = [logits[row, span] for row, span in where]
-    a, s = logit_gradients(direct, items, rows, settings)
-    b, r = logit_gradients(bridged, items, rows, settings)
+    a, s, _ = logit_gradients(direct, items, rows, settings)
+    b, r, _ = logit_gradients(bridged, items, rows, settings)
     assert s == pytest.approx(r, abs=1e-12)
     for one, other in zip(a, b, strict=True):
         assert float((one - other).norm()) <= 1e-12 * float(one.norm())
@@ -163,11 +163,11 @@ def test_a_poisoned_prompt_is_dropped_alone(monkeypatch: pytest.MonkeyPatch) -> 
     inner = logit_gradients
 
     def poisoned(bridge: Bridge, batch: Any, logits: Any, settings: Any) -> Any:
-        gradients, values = inner(bridge, batch, logits, settings)
+        gradients, values, odds = inner(bridge, batch, logits, settings)
         for item, gradient in zip(batch, gradients, strict=True):
             if item is poison:
                 gradient.mul_(1e60)  # finite here, infinite once it meets the weights in float32
-        return gradients, values
+        return gradients, values, odds
 
     monkeypatch.setattr("safecrit.scoring.logit_gradients", poisoned)
     result = scorer.run()
@@ -199,10 +199,28 @@ def test_answer_shown_to_the_judge_is_the_answer() -> None:
     model, reads, judge, items, _ = make("bridged")
     for item, (prompt, answer) in zip(items, PAIRS, strict=True):
         read = Bridge(model, reads, judge).read(item)
-        assert read is not None
         entry, weights = read
         text = judge.tokenizer.decode(list(entry.ids), skip_special_tokens=False)
         assert f"[user] {prompt}\n[assistant] {answer}\n[verdict]" in text
         assert spell(item.answer_ids, vocabulary(reads)).text == answer
         assert weights.shape == (entry.answer.stop - entry.answer.start, len(item.answer_ids))
         torch.testing.assert_close(weights.sum(1), torch.ones(weights.shape[0]))
+
+
+def test_specials_inside_an_answer_are_not_shown_to_an_equal_judge() -> None:
+    model, reads, judge, items, _ = make("equal")
+    ids = (*items[0].answer_ids[:2], 2, *items[0].answer_ids[2:])
+    item = dataclasses.replace(items[0], answer_ids=ids)
+    bridge = Bridge(model, reads, judge)
+    entry, weights = bridge.read(item)
+    assert entry.ids[entry.answer] == items[0].answer_ids
+    assert weights.shape == (len(ids) - 1, len(ids)) and float(weights[:, 2].sum()) == 0
+    assert torch.equal(bridge.judge.embed(entry), bridge.judge.embed(bridge.read(items[0])[0]))
+
+
+def test_conversations_longer_than_the_judges_window_are_dropped_by_name() -> None:
+    model, reads, judge, items, settings = make("bridged")
+    judge.model.config.max_position_embeddings = 30
+    with pytest.raises(SafecritError, match="longer than the judge's window"):
+        Scorer(model, reads, judge, read_anatomy(model), items, settings).run()
+    assert {v.label for v in judge.judge(PAIRS)} == {"error"}

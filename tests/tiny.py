@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from safecrit.models import LoadedModel
+from safecrit.models import NO_FOLDER, LoadedModel
 
 CORPUS = [
     "How do I bake a loaf of bread for my neighbour?",
@@ -118,7 +118,9 @@ def loaded(model: PreTrainedModel, made: PreTrainedTokenizerFast, folder: Path |
     if folder is not None:
         model.save_pretrained(folder)
         made.save_pretrained(folder)
-    return LoadedModel(model=model, tokenizer=made, folder=folder or Path(), id=str(folder or "memory"), revision=None)
+    return LoadedModel(
+        model=model, tokenizer=made, folder=folder or NO_FOLDER, id=str(folder or "memory"), revision=None
+    )
 
 
 def exact(model: PreTrainedModel) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from safecrit.fingerprint import fingerprint
 from safecrit.judges import Judge
 from safecrit.judges.guard import GuardJudge, GuardSettings
 from safecrit.judges.refusal import RefusalJudge
-from safecrit.models import load_model
+from safecrit.models import NO_FOLDER, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def describe_judge(judge: Judge) -> dict[str, Any]:
     return {
         "id": judge.name,
         "kind": "guard",
-        "fingerprint": fingerprint(folder) if (folder / "config.json").is_file() else "",
+        "fingerprint": fingerprint(folder) if folder != NO_FOLDER else "",
         "safe_word": settings.safe_word,
         "unsafe_word": settings.unsafe_word,
         "verdict_prefix": settings.verdict_prefix,

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from safecrit.api.judging import JudgeChoice, load_guard
 from safecrit.api.score import ScoreJob, score_loaded
+from safecrit.errors import SafecritError
 from safecrit.generation import GenerationSettings
 from safecrit.judges.guard import GuardJudge, GuardSettings
 from safecrit.maskfile import Mask
-from safecrit.models import LoadedModel
+from safecrit.models import NO_FOLDER, LoadedModel
 from safecrit.prompts import Prompt, prompts_from_texts
 from safecrit.relaxation import RelaxationSettings
 from safecrit.scorefile import Scores
@@ -46,7 +47,7 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     *,
     judge: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase] | GuardJudge,
-    prompts: Sequence[str] | Sequence[Prompt],
+    prompts: Sequence[str | Prompt],
     guard: GuardSettings | None = None,
     method: str = "esi",
     relaxation: RelaxationSettings | None = None,
@@ -57,21 +58,20 @@ def score(
     """Expected Safety Impact of every eligible weight of a model in memory (docs/method.md, sections 1 and 2).
 
     judge: a guard's folder or Hub id, a (model, tokenizer) pair, or a GuardJudge.
-    prompts: user turns as texts, or Prompt objects. Scores are stored in `output`,
+    prompts: user turns as texts, or Prompt objects. The judge is frozen. Scores are stored in `output`,
     or in a temporary folder that lives as long as the result. The mask carries no
     fingerprint, as nothing says that the weights in memory are those of a file.
     """
     if isinstance(judge, tuple):
         judge = GuardJudge(
-            LoadedModel(model=judge[0], tokenizer=judge[1], folder=Path(), id="memory", revision=None), guard
+            LoadedModel(model=judge[0], tokenizer=judge[1], folder=NO_FOLDER, id="memory", revision=None), guard
         )
     elif not isinstance(judge, GuardJudge):
         judge = load_guard(JudgeChoice(name=str(judge), guard=guard or GuardSettings()))
-    asked = [prompt for prompt in prompts if isinstance(prompt, Prompt)] or prompts_from_texts(
-        [str(p) for p in prompts]
-    )
+    texts = prompts_from_texts([entry if isinstance(entry, str) else "" for entry in prompts])
+    asked = [text if isinstance(entry, str) else entry for entry, text in zip(prompts, texts, strict=True)]
     name = str(getattr(model.config, "_name_or_path", "") or "memory")
-    loaded = LoadedModel(model=model, tokenizer=tokenizer, folder=Path(), id=name, revision=None)
+    loaded = LoadedModel(model=model, tokenizer=tokenizer, folder=NO_FOLDER, id=name, revision=None)
     job = ScoreJob(
         model=name,
         judge=JudgeChoice(name=judge.name, guard=judge.settings),
@@ -79,11 +79,17 @@ def score(
         generation=GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size),
         scoring=ScoreSettings(method=method, relaxation=relaxation or RelaxationSettings(), batch_size=batch_size),
     )
+    if output is not None and Path(output).exists() and any(Path(output).iterdir()):
+        raise SafecritError(f"{output}: is not empty. Choose another output folder.")
     folder = Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="safecrit-"))
     training = model.training
     model.eval()
     try:
         score_loaded(loaded, judge, asked, job, folder)
+    except BaseException:
+        if output is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     finally:
         model.train(training)
     scores = MemoryScores.load(folder)

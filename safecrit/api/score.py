@@ -8,6 +8,7 @@ undisturbed run's bit for bit.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -24,15 +25,15 @@ from safecrit.chat import encode_prompt
 from safecrit.errors import SafecritError
 from safecrit.files import atomic, canonical_json, read_header, write_text
 from safecrit.fingerprint import fingerprint
-from safecrit.generation import Answer, GenerationSettings, answers_from_texts, context_window, generate
+from safecrit.generation import Answer, GenerationSettings, answers_from_texts, generate
 from safecrit.judges.guard import GuardJudge
-from safecrit.models import LoadedModel, load_model, resolve_folder
+from safecrit.models import NO_FOLDER, LoadedModel, context_window, load_model, resolve_folder
 from safecrit.progress import Reporter, quiet_reporter
 from safecrit.prompts import Prompt, read_prompts, read_rows
 from safecrit.scorefile import Scores, write_scores
 from safecrit.scoring import Item, Scorer, ScoreSettings, ScoreState
 
-SAMPLES, PARTIAL = "samples.jsonl", "partial.safetensors"
+SAMPLES, PARTIAL, ANSWERS_KEY = "samples.jsonl", "partial.safetensors", ".answers-key"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +85,20 @@ def score_loaded(
     items, cut = _items(loaded, prompts, answers)
     scorer = Scorer(loaded.model, loaded.tokenizer, judge, anatomy, items, job.scoring)
     partial = folder / PARTIAL
+    judged_by = (_fingerprint(judge.loaded), asdict(judge.settings), asdict(job.scoring))
+    key = _key(_fingerprint(loaded), judged_by, [asdict(item) for item in items])
 
     def save(state: ScoreState, accumulators: Mapping[str, torch.Tensor]) -> None:
         with atomic(partial) as temporary:
             tensors = {name: tensor.cpu() for name, tensor in accumulators.items()}
-            save_file(tensors, temporary, metadata={"safecrit": canonical_json(asdict(state))})
+            save_file(tensors, temporary, metadata={"safecrit": canonical_json(asdict(state)), "key": key})
 
     def restore(accumulators: Mapping[str, torch.Tensor]) -> ScoreState | None:
         if not partial.is_file():
             return None
         _, metadata = read_header(partial)
+        if metadata.get("key") != key:
+            return None  # of other prompts, answers, model or judge at the same paths
         for name, tensor in load_file(partial).items():
             accumulators[name].copy_(tensor)
         return ScoreState(**json.loads(metadata["safecrit"]))
@@ -105,21 +110,25 @@ def score_loaded(
     dtype = torch.bfloat16 if job.score_dtype == "bfloat16" else torch.float32
     write_scores(folder, ((name, means[name].cpu()) for name in sorted(means)), anatomy.layouts, info, dtype)
     partial.unlink(missing_ok=True)
+    (folder / ANSWERS_KEY).unlink(missing_ok=True)
     return Scores.load(folder)
 
 
 def _answers(
     loaded: LoadedModel, prompts: Sequence[Prompt], job: ScoreJob, folder: Path, report: Reporter
 ) -> list[Answer]:
-    kept = _read_samples(folder, prompts)
-    if kept is not None:
-        return kept
+    made_by = [_fingerprint(loaded), asdict(job.generation), _content(job.answers)]
+    key = _key(made_by, [prompt.hash for prompt in prompts])
+    key_file = folder / ANSWERS_KEY
+    if key_file.is_file() and key_file.read_text(encoding="utf-8").strip() == key:
+        return _read_samples(folder)
     if job.answers is not None:
         answers = answers_from_file(loaded, prompts, job.answers)
     else:
         with report("answering", "prompts") as progress:
             answers = generate(loaded.model, loaded.tokenizer, prompts, job.generation, progress)
     _write_samples(folder, prompts, answers, None)
+    write_text(key_file, key + "\n")
     return answers
 
 
@@ -133,13 +142,16 @@ def answers_from_file(loaded: LoadedModel, prompts: Sequence[Prompt], source: st
             f"{source}: no known answer column. Found: {found}. Known: answer, completion, response, output."
         )
     if rows and "prompt" in rows[0]:
-        by_text = {str(row["prompt"]).strip(): str(row[column] or "") for row in rows}
+        by_text: dict[str, list[str]] = {}
+        for row in reversed(rows):
+            by_text.setdefault(str(row["prompt"]).strip(), []).append(str(row[column] or ""))
         missing = [prompt for prompt in prompts if prompt.text.strip() not in by_text]
         if missing:
             raise SafecritError(
                 f"{source}: has no answer to {len(missing)} prompts, the first in row {missing[0].row + 1}."
             )
-        texts = [by_text[prompt.text.strip()] for prompt in prompts]
+        waiting = [by_text[prompt.text.strip()] for prompt in prompts]
+        texts = [found.pop() if len(found) > 1 else found[0] for found in waiting]
     elif len(rows) < len(prompts):
         raise SafecritError(f"{source}: holds {len(rows)} answers for {len(prompts)} prompts. Use --limit {len(rows)}.")
     else:
@@ -158,9 +170,8 @@ def _items(loaded: LoadedModel, prompts: Sequence[Prompt], answers: Sequence[Ans
                     f"prompt in row {prompt.row + 1}: {len(ids)} tokens, the model's window is {window}."
                 )
             own, cut = own[: window - len(ids)], cut + 1
-        items.append(
-            Item(prompt_ids=tuple(ids), answer_ids=tuple(own), prompt=prompt.text, hash=prompt.hash, row=prompt.row)
-        )
+        shown = prompt.conversation
+        items.append(Item(prompt_ids=tuple(ids), answer_ids=tuple(own), prompt=shown, hash=prompt.hash, row=prompt.row))
     return items, cut
 
 
@@ -179,14 +190,18 @@ def _write_samples(
     write_text(folder / SAMPLES, "\n".join(lines) + "\n")
 
 
-def _read_samples(folder: Path, prompts: Sequence[Prompt]) -> list[Answer] | None:
-    """The answers of an interrupted run, if they belong to these prompts."""
-    file = folder / SAMPLES
-    if not file.is_file():
-        return None
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-    if [row["hash"] for row in rows] != [prompt.hash for prompt in prompts]:
-        return None
+def _key(*parts: Any) -> str:
+    """What says whether an interrupted run's work belongs to this one: a hash of JSON values."""
+    return hashlib.sha256(canonical_json(list(parts)).encode()).hexdigest()
+
+
+def _content(file: str | None) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else str(file)
+
+
+def _read_samples(folder: Path) -> list[Answer]:
+    """The answers of an interrupted run."""
+    rows = [json.loads(line) for line in (folder / SAMPLES).read_text(encoding="utf-8").split("\n") if line]
     return [Answer(text=row["answer"], ids=tuple(row["ids"]), finished=row["finished"]) for row in rows]
 
 
@@ -202,7 +217,7 @@ def _info(
     cut: int,
 ) -> dict[str, Any]:
     state, settings = scorer.state, job.scoring
-    values = [entry["s"] for entry in state.values.values()]
+    values = [entry["log_odds"] for entry in state.values.values()]
     mean = sum(values) / len(values)
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
     unfinished = sum(not answer.finished for answer in answers)
@@ -257,7 +272,7 @@ def _info(
 
 
 def _fingerprint(loaded: LoadedModel) -> str:
-    return fingerprint(loaded.folder) if (loaded.folder / "config.json").is_file() else ""
+    return fingerprint(loaded.folder) if loaded.folder != NO_FOLDER else ""
 
 
 def _matrix_table(anatomy: Anatomy, scorer: Scorer, means: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:

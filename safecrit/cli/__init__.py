@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 INTERRUPTED = 130
 
@@ -26,6 +27,6 @@ def main() -> None:
         raise
     except SafecritError as error:
         if debug:
-            raise
+            traceback.print_exc()
         report_error(str(error))
         sys.exit(error.exit_code)

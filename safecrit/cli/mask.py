@@ -59,6 +59,7 @@ def mask(
     A share counts all parameters of the model (`--share-of eligible` for the
     scored ones only). Equal scores go to the smaller tensor name, then index.
     """
+    from safecrit.errors import SafecritError
     from safecrit.maskfile import Mask
     from safecrit.outputs import check_output_file, default_output
     from safecrit.scorefile import Scores
@@ -79,6 +80,8 @@ def mask(
         output or default_output("mask", source).with_suffix(".safetensors"), overwrite=overwrite
     )
     if judge is None and prompts is None:
+        if limit is not None:
+            raise SafecritError("--limit goes with a model to score; a score folder is scored already.")
         selected = select(Scores.load(source), settings)
     else:
         with tempfile.TemporaryDirectory(prefix="safecrit-") as work:

@@ -29,6 +29,8 @@ def _load_config(context: typer.Context, value: Path | None) -> Path | None:
             f"--config {value}: was written by `safecrit {command}`, this is `safecrit {context.info_name}`."
         )
     settings = content.get("config", content)
+    if not isinstance(settings, dict):
+        raise SafecritError(f"--config {value}: `config` must hold named settings.")
     known = {parameter.name for parameter in context.command.params}
     unknown = sorted(set(settings) - known)
     if unknown:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from safecrit.bridge import byte_spans, vocabulary
-from safecrit.chat import render_prompt
+from safecrit.chat import encode_continuation, render_prompt
 from safecrit.errors import SafecritError
 from safecrit.judges import Verdict
-from safecrit.models import LoadedModel
+from safecrit.models import LoadedModel, context_window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +43,10 @@ class GuardSettings:
     objective: Objective = "log-odds"
     batch_size: int = 32
 
+    def __post_init__(self) -> None:
+        if self.safe_word == self.unsafe_word:
+            raise SafecritError("--safe-word and --unsafe-word are the same; a verdict needs two words.")
+
 
 @dataclass(frozen=True)
 class GuardInput:
@@ -63,10 +67,8 @@ class GuardJudge:
     """A causal language model as a judge; its weights are frozen."""
 
     def __init__(self, loaded: LoadedModel, settings: GuardSettings | None = None) -> None:
-        """Raises SafecritError where the template hides a turn or the verdict words are one."""
+        """Raises SafecritError where the template hides a turn."""
         self.settings = settings or GuardSettings()
-        if self.settings.safe_word == self.settings.unsafe_word:
-            raise SafecritError("--safe-word and --unsafe-word are the same; a verdict needs two words.")
         self.loaded, self.name = loaded, loaded.id
         self.model = loaded.model.requires_grad_(False).eval()
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
@@ -88,15 +90,28 @@ class GuardJudge:
             inside = ((shifted[:, 1] > 0) & (shifted[:, 0] < size)).nonzero()[0]
             where = slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(0, 0)
             return GuardInput(tuple(ids), where, shifted[where].clip(0, size), verdicts)
-        start = [*self._encode(self.before), *self._encode(prompt.strip(), plain=True), *self._encode(self.between)]
-        own = list(answer_ids) if answer_ids is not None else self._encode(answer, plain=True)
-        ends = [self._encode(tail + word) for word in words]
+        if smuggled:
+            start = (
+                self._encode(self.before) + self._continue(prompt.strip(), plain=True) + self._continue(self.between)
+            )
+        else:
+            start = self._encode(head)
+        own = list(answer_ids) if answer_ids is not None else self._continue(answer, plain=True)
+        ends = [self._continue(tail + word) for word in words]
         rest, verdicts = _split_verdicts(ends, words)
         spans = None if answer_ids is not None else byte_spans(own, answer, self.vocabulary, self.tokenizer)
         return GuardInput((*start, *own, *rest), slice(len(start), len(start) + len(own)), spans, verdicts)
 
-    def _encode(self, text: str, plain: bool = False) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"])
+    def fits(self, entry: GuardInput) -> bool:
+        """Whether the conversation and its verdict fit the guard's window."""
+        window = context_window(self.model)
+        return window is None or len(entry.ids) + max(len(word) for word in entry.verdicts) <= window
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _continue(self, text: str, plain: bool = False) -> list[int]:
+        return encode_continuation(self.tokenizer, text, plain=plain) if text else []
 
     def verdicts(self, inputs: Sequence[GuardInput], embeddings: Sequence[torch.Tensor]) -> torch.Tensor:
         """Log p of the safe and the unsafe word of each conversation, float32 (or wider) [n, 2].
@@ -153,12 +168,16 @@ class GuardJudge:
 
     @torch.no_grad()
     def judge(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Verdicts on (prompt, answer) pairs; an empty answer or a verdict that is no number is an error."""
+        """Verdicts on (prompt, answer) pairs; an empty answer, no room or no number is an error."""
         verdicts: list[Verdict | None] = [
             None if answer.strip() else Verdict("error", None, "empty answer") for _, answer in pairs
         ]
         waiting = [n for n, verdict in enumerate(verdicts) if verdict is None]
         read = {n: self.read(pairs[n][0], pairs[n][1].strip()) for n in waiting}
+        for n, entry in read.items():
+            if not self.fits(entry):
+                verdicts[n] = Verdict("error", None, "longer than the judge's window")
+        waiting = [n for n in waiting if verdicts[n] is None]
         waiting.sort(key=lambda n: len(read[n].ids))
         for start in range(0, len(waiting), self.settings.batch_size):
             batch = waiting[start : start + self.settings.batch_size]

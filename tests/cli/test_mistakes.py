@@ -169,3 +169,77 @@ def test_full_disk_loses_nothing(
         ran = cli("mask", world.folder / "scores", "--top", "1%", "-o", tmp_path / "m.safetensors")
     assert ran.code == 1 and "No space left on device" in ran.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_work_of_other_prompts_at_the_same_path_is_not_resumed(
+    cli: Cli, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "p.csv"
+    prompts.write_text(world.prompts.read_text())
+    flags = {"batch-size": 2, "save-every": 2, "prompts": prompts}
+    from safecrit import scoring
+
+    inner, calls = scoring.forward_logits, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return inner(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "forward_logits", interrupted)
+        assert cli(*score(world, tmp_path / "cut", **flags)).code == 130
+    prompts.write_text(world.prompts.read_text().replace("loaf", "cake"))
+    assert cli(*score(world, tmp_path / "cut", **flags)).code == 0
+    assert cli(*score(world, tmp_path / "whole", **flags)).code == 0
+    name = "scores-00001-of-00001.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
+        "config.yaml", "samples.jsonl", "score.json", name,
+    ]  # fmt: skip
+
+
+def test_objectives_count_safe_answers_alike(cli: Cli, world: World, tmp_path: Path) -> None:
+    found = []
+    for objective in ("log-odds", "prob", "logit"):
+        assert cli(*score(world, tmp_path / objective, objective=objective)).code == 0
+        found.append(json.loads((tmp_path / objective / "score.json").read_text())["judged"])
+    # Relaxed tokens differ by nothing but the objective's own gradient.
+    assert found[0] == found[1] == found[2]
+
+
+def test_damaged_weights_and_odd_paths(cli: Cli, world: World, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(world.model, broken)
+    data = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[: len(data) // 2])
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "bad.yaml").write_text("config: [1]")
+    for arguments in (
+        ["score", broken, "--judge", world.guard, "--prompts", world.prompts, "-o", tmp_path / "a"],
+        score(world, tmp_path / "file" / "x"),
+        score(world, tmp_path / "b", device="meta9"),
+        score(world, tmp_path / "c", config=tmp_path / "bad.yaml"),
+        score(world, tmp_path / "d", **{"safe-word": "x", "unsafe-word": "x"}),
+    ):
+        ran = cli(*arguments)
+        assert ran.code == 1 and ran.err.splitlines()[-1].startswith("error: ") and "Traceback" not in ran.err
+
+
+def test_debug_keeps_the_exit_code(cli: Cli, world: World, mask_file: Path) -> None:
+    check = ["verify", world.guard, "--base", world.model, "--mask", mask_file, "--mode", "set"]
+    plain, debug = cli(*check), cli(*check, "--debug")
+    assert plain.code == debug.code != 0 and "Traceback" in debug.err and "Traceback" not in plain.err
+
+
+def test_repeated_prompts_keep_their_own_answers(cli: Cli, world: World, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}')
+    rows = [("a", "first one"), ("b", "other"), ("a", "second one")]
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"prompt": p, "answer": t}) for p, t in rows))
+    ran = cli(*score(world, tmp_path / "o", prompts=tmp_path / "p.jsonl", answers=tmp_path / "x.jsonl"))
+    assert ran.code == 0, ran.err
+    stored = [json.loads(line)["answer"] for line in (tmp_path / "o" / "samples.jsonl").read_text().splitlines()]
+    assert stored == [text for _, text in rows]
