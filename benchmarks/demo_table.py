@@ -40,17 +40,17 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def join(folder: Path, out: Path) -> None:
-    """SET and SPA bars side by side over the map of ESI of the aligned model."""
+    """SET's and SPA's bars side by side."""
     from PIL import Image
 
-    pictures = [Image.open(folder / "figures" / f"{name}.png").convert("RGB") for name in ("set", "spa", "esi_aligned")]
+    pictures = [Image.open(folder / "figures" / f"{name}.png").convert("RGB") for name in ("set", "spa")]
     height = max(picture.height for picture in pictures)
     canvas = Image.new("RGB", (sum(picture.width for picture in pictures), height), "white")
     left = 0
     for picture in pictures:
         canvas.paste(picture, (left, height - picture.height))
         left += picture.width
-    canvas.resize((canvas.width // 2, canvas.height // 2)).save(out, optimize=True)
+    canvas.resize((canvas.width * 3 // 5, canvas.height * 3 // 5)).save(out, optimize=True)
 
 
 def main() -> None:

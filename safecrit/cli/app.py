@@ -35,7 +35,7 @@ EXAMPLES = {
     "inspect": (f"safecrit inspect {D}/masks/base_top.safetensors", f"safecrit inspect {D}/scores/base"),
     "set": (
         f"safecrit set {D}/models/base --mask {D}/masks/base_top.safetensors --data {D}/data/refusals.jsonl \\",
-        f"  --retain {D}/data/retain.jsonl --lr 1e-2 --batch-size 16 -o my-safer",
+        f"  --retain {D}/data/retain.jsonl --retain-share 0.75 --lr 3e-3 --batch-size 16 -o my-safer",
     ),
     "spa": (
         f"safecrit spa {D}/models/aligned --mask {D}/masks/aligned_top_10.safetensors --data {D}/data/task.jsonl \\",

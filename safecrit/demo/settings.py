@@ -68,7 +68,7 @@ class DemoSettings:
 
     # Task tuning (unprotected, SPA 1 %, SPA 10 %, random 10 %) on task.jsonl.
     task_steps: int = 60
-    task_lr: float = 8e-5
+    task_lr: float = 5e-5
     task_rows: int = 16
 
     # AdamW in SET and task tuning: cosine to zero, warm-up, no decay, clipping at 1.
