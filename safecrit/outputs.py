@@ -85,6 +85,9 @@ def open_output(
             )
         else:
             resumed = True
+    elif config_file.is_file():
+        earlier = _read(config_file)
+        resumed = earlier["command"] == command and not _differences(earlier["config"], config)
     for place in (path, config_file.parent):
         for stale in place.glob(f".*{PART}") if place.is_dir() else ():
             stale.unlink()

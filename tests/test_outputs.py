@@ -13,7 +13,8 @@ def test_a_folder_is_taken_resumed_and_then_closed(tmp_path: Path) -> None:
     out = tmp_path / "a"
     first = open_output(out, "score", {"x": 1})
     assert not first.resumed
-    assert not open_output(out, "score", {"x": 7}).resumed  # nothing was done yet, so nothing is resumed or refused
+    assert open_output(out, "score", {"x": 1}).resumed
+    assert not open_output(out, "score", {"x": 7}).resumed  # nothing was done yet, so nothing is refused
     first = open_output(out, "score", {"x": 1})
     (out / "samples.jsonl").write_text("{}")
     assert open_output(out, "score", {"x": 1}).resumed
