@@ -93,4 +93,4 @@ class DemoSettings:
     @classmethod
     def moe(cls, seed: int = 0) -> DemoSettings:
         """A mixture of experts: eight small ones a layer, two of them at work."""
-        return cls(seed=seed, architecture="moe", layers=4, intermediate=128, experts=8)
+        return cls(seed=seed, architecture="moe", layers=4, intermediate=128, experts=8, task_lr=1.5e-4)
