@@ -151,7 +151,7 @@ class Demo:
         write_json(self.folder / "results.json", results)
         return results
 
-    def stage(self, name: str, done: Path, make: Callable[[], None]) -> None:
+    def stage(self, name: str, done: Path, make: Callable[[], object]) -> None:
         """Run `make` unless `done` exists, and keep the time it took in timings.json."""
         if done.exists():
             return
@@ -165,13 +165,8 @@ class Demo:
         return found
 
     def _write_data(self) -> None:
-        for name, rows in data_files(self.settings.held_out).items():
-            if name != "task.jsonl":
-                self._write_rows(name, rows)
-        self._write_rows("task.jsonl", data_files(self.settings.held_out)["task.jsonl"])
-
-    def _write_rows(self, name: str, rows: list[dict[str, str]]) -> None:
-        write_text(self.data / name, "\n".join(json.dumps(row) for row in rows) + "\n")
+        for name, rows in sorted(data_files(self.settings.held_out).items()):  # task.jsonl, the stage's mark, last
+            write_text(self.data / name, "\n".join(json.dumps(row) for row in rows) + "\n")
 
     def _base(self, progress: Progress) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = zoo.chat_tokenizer(self.settings)
@@ -230,19 +225,17 @@ class Demo:
             ),
         )
         folder = self.scores / name
-        self.stage(f"score_{name}", folder / "score.json", lambda: _nothing(run_score(job, folder, self.sink.progress)))
+        self.stage(f"score_{name}", folder / "score.json", lambda: run_score(job, folder, self.sink.progress))
 
     def _mask(self, scored: str, name: str, mode: str, share: float) -> None:
         file = self.masks / f"{name}.safetensors"
         settings = SelectionSettings(mode=mode, share=share, seed=self.settings.seed)
-        self.stage(
-            f"mask_{name}", file, lambda: _nothing(select(Scores.load(self.scores / scored), settings).save(file))
-        )
+        self.stage(f"mask_{name}", file, lambda: select(Scores.load(self.scores / scored), settings).save(file))
 
     def _train(self, name: str, job: TrainJob) -> None:
         folder = self.models / name
         job = replace(job, device="cpu")
-        self.stage(name, folder / "config.json", lambda: _nothing(run_training(job, folder, self._named(name))))
+        self.stage(name, folder / "config.json", lambda: run_training(job, folder, self._named(name)))
 
     def _named(self, name: str) -> Callable[[str, str], Progress]:
         return lambda what, unit: self.sink.progress(f"{what} {name}", unit)
@@ -280,7 +273,3 @@ class Demo:
             f"{name}: ASR {100 * row['asr']:.1f} %, utility {100 * row['utility']:.1f} %, "
             f"over-refusal {100 * row['over_refusal']:.1f} %, task loss {row['task_loss']:.3f}"
         )
-
-
-def _nothing(_: object) -> None:
-    """Drop a value where only the files count."""

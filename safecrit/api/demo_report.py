@@ -72,17 +72,17 @@ def measure(
         "rates": {name: found.rates[name].to_json() for name in ("asr", "utility", "over_refusal")},
         "answers": [[sample.prompt, sample.answer] for sample in harmful],
     }
-    compared = verify(model, base, mask or _empty(base), mode or "spa")
+    compared = verify(model, base, mask or _empty(loaded), mode or "spa")
     row |= {"changed_weights": compared.moved, "total_weights": compared.total, "verified": compared.ok}
     return row
 
 
-def _empty(model: Path) -> Mask:
-    """A mask of `model` that selects nothing: comparing under it only counts what moved."""
+def _empty(loaded: LoadedModel) -> Mask:
+    """A mask of a model that selects nothing: comparing under it only counts what moved."""
     from safecrit.anatomy import read_anatomy
     from safecrit.maskfile import MaskInfo
 
-    anatomy = read_anatomy(load_model(model, device="cpu").model)
+    anatomy = read_anatomy(loaded.model)
     info = MaskInfo(tensors=anatomy.layouts, mode="count", total=anatomy.total, eligible=anatomy.eligible_total)
     return Mask({}, info)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safecrit.api.judging import JudgeChoice, describe_judge, load_judge
+from safecrit.api.judging import JudgeChoice, describe_judge, find_judge, load_judge
 from safecrit.errors import SafecritError
 from safecrit.evaluation import EvalPrompts, evaluate_model
 from safecrit.fingerprint import fingerprint
@@ -57,6 +57,14 @@ def read_eval_prompts(job: EvalJob) -> EvalPrompts:
         raise SafecritError(f"{job.benign}: every prompt is labelled unsafe; --benign wants harmless ones.")
     task = read_prompts(job.task, job.limit) if job.task else [prompt for prompt in benign if prompt.answer is not None]
     return EvalPrompts(harmful=harmful, benign=benign, task=task)
+
+
+def check_inputs(job: EvalJob) -> None:
+    """Find the user's mistakes before an output folder is made: unreadable prompts, no such model or judge."""
+    read_eval_prompts(job)
+    for name in _names(job).values():
+        resolve_folder(name, revision=job.revision)
+    find_judge(job.judge)
 
 
 def run_eval(job: EvalJob, report: Reporter = quiet_reporter) -> Evaluation:

@@ -10,7 +10,7 @@ from safecrit.fingerprint import fingerprint
 from safecrit.judges import Judge
 from safecrit.judges.guard import GuardJudge, GuardSettings
 from safecrit.judges.refusal import RefusalJudge
-from safecrit.models import NO_FOLDER, load_model
+from safecrit.models import NO_FOLDER, load_model, resolve_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +43,19 @@ def load_judge(choice: JudgeChoice) -> Judge:
     """Any judge of answers."""
     if choice.name == "refusal":
         return RefusalJudge()
+    return load_guard(choice)
+
+
+def find_judge(choice: JudgeChoice) -> None:
+    """Raise SafecritError where there is no such judge, before anything is loaded."""
+    if choice.name == "refusal":
+        return
     try:
-        return load_guard(choice)
+        resolve_folder(choice.name, revision=choice.revision)
     except SafecritError as error:
-        if "no such folder" in str(error):
-            raise SafecritError(
-                f"--judge {choice.name}: no such judge. Use refusal, a guard's folder or a Hub id."
-            ) from error
-        raise
+        raise SafecritError(
+            f"--judge {choice.name}: unknown judge. Use refusal, a guard model's folder or a Hub id. ({error})"
+        ) from error
 
 
 def describe_judge(judge: Judge) -> dict[str, Any]:

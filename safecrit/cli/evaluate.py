@@ -65,11 +65,10 @@ def evaluate(
     Every share has a 95 % Wilson interval; answers the judge failed on are
     counted apart and never as safe. Answers lie in samples.jsonl only.
     """
-    from safecrit.api.evaluate import EvalJob, read_eval_prompts, run_eval
+    from safecrit.api.evaluate import EvalJob, check_inputs, run_eval
     from safecrit.api.judging import JudgeChoice
     from safecrit.generation import GenerationSettings
     from safecrit.judges.guard import GuardSettings
-    from safecrit.models import resolve_folder
     from safecrit.outputs import default_output, open_output
     from safecrit.results import EvalSettings, check, results_json, write_evaluation
 
@@ -90,11 +89,7 @@ def evaluate(
         generation=GenerationSettings(max_new_tokens=max_new_tokens, batch_size=o.batch_size(batch_size)),
         settings=EvalSettings(max_asr=max_asr, max_over_refusal=max_over_refusal),
     )
-    read_eval_prompts(job)
-    for name in (*job.models, *((baseline,) if baseline else ())):
-        resolve_folder(name, revision=revision)
-    if judge != "refusal":
-        _find_judge(judge)
+    check_inputs(job)
     folder = open_output(output or default_output("eval", model[0]), "eval", o.resolved(context), overwrite=overwrite)
     evaluation = run_eval(job, sink.progress)
     write_evaluation(folder.path, evaluation)
@@ -102,18 +97,6 @@ def evaluate(
     _print(evaluation, results_json(evaluation), sink)
     sink.line(f"Results: {folder.path}/results.json, answers in samples.jsonl")
     check(evaluation)
-
-
-def _find_judge(judge: str) -> None:
-    from safecrit.errors import SafecritError
-    from safecrit.models import resolve_folder
-
-    try:
-        resolve_folder(judge)
-    except SafecritError as error:
-        raise SafecritError(
-            f"--judge {judge}: unknown judge. Use refusal, a guard model's folder or a Hub id. ({error})"
-        ) from error
 
 
 def share(rate: dict[str, Any] | None) -> str:
@@ -132,11 +115,8 @@ def _print(evaluation: Evaluation, results: dict[str, Any], sink: Sink) -> None:
         rows.append((name, *(share(figures.get(key)) for key, _ in measured), failed))
     sink.table("Rates with 95 % Wilson intervals", ("model", *(label for _, label in measured), "judge failures"), rows)
     for key, label in measured:
-        counted = {
-            f"{figures[key]['n']} {figures[key]['denominator']}": name
-            for name, figures in results["models"].items()
-            if figures.get(key)
-        }
+        rates = [figures[key] for figures in results["models"].values() if figures.get(key)]
+        counted = dict.fromkeys(f"{rate['n']} {rate['denominator']}" for rate in rates)
         sink.line(f"{label}: of {' / '.join(counted)}")
     if results["paired"]:
         sink.line()

@@ -22,7 +22,6 @@ Share = "a share: 1% or 0.01"
 
 
 def mask(
-    context: typer.Context,
     source: Source,
     output: Output = None,
     top: Annotated[str | None, typer.Option("--top", metavar="SHARE", help=f"The largest scores, {Share}.")] = None,

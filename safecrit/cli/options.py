@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-TRANSIENT = {"output", "overwrite", "config", "as_json", "quiet", "verbose", "debug"}
+TRANSIENT = {"output", "overwrite", "config", "as_json", "quiet", "debug"}
 
 
 def _load_config(context: typer.Context, value: Path | None) -> Path | None:
@@ -80,7 +80,6 @@ UnsafeWord = Annotated[str, typer.Option("--unsafe-word", help="The judge's word
 VerdictPrefix = Annotated[str, typer.Option("--verdict-prefix", help="Text the judge writes before its verdict.")]
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More notes.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
