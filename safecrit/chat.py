@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,6 +39,52 @@ class EncodedExample(NamedTuple):
     truncated: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings:
+    """How turns are shown to a model, and where its answer starts.
+
+    `system_prompt` goes before prompts that bring no system turn; `template_kwargs` to
+    the chat template (`enable_thinking`, say); what a model writes up to the last
+    `think_end_token` is a thought and no part of its answer.
+    """
+
+    system_prompt: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    think_end_token: str | None = None
+
+    def turns(self, messages: Messages) -> Messages:
+        """`messages` with the system prompt."""
+        if self.system_prompt is None or (messages and messages[0]["role"] == "system"):
+            return messages
+        return [{"role": "system", "content": self.system_prompt}, *messages]
+
+
+def after_thought(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], think_end: str | None, *, finished: bool
+) -> int:
+    """Place of the first token after the last `think_end` in an answer's `ids`.
+
+    0 without one: a finished answer without a thought is judged whole. An unfinished one
+    may have been cut inside its thought, so nothing of it is judged: len(ids).
+    """
+    if think_end is None:
+        return 0
+    special = tokenizer.get_vocab().get(think_end)
+    if special is not None and special in ids:
+        return len(ids) - list(reversed(ids)).index(special)
+    whole = str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    if think_end not in whole:
+        return 0 if finished else len(ids)
+    # Written in several ordinary tokens: the shortest beginning that holds the last one.
+    count = whole.count(think_end)
+    low, high = 0, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        text = str(tokenizer.decode(list(ids[:middle]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        low, high = (low, middle) if text.count(think_end) >= count else (middle + 1, high)
+    return low
+
+
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, *, template_kwargs: Mapping[str, Any] | None = None
 ) -> str:
@@ -47,13 +94,19 @@ def render_prompt(
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, template_kwargs: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    template_kwargs: Mapping[str, Any] | None = None,
+    chat: ChatSettings | None = None,
 ) -> list[int]:
     """Token ids of `messages` and the generation prompt; BOS only where the template (or the plain one) writes it.
 
     A system turn that the template refuses or leaves out is put before the first
     user turn. Raises SafecritError where the template cannot render the turns.
     """
+    if chat is not None:
+        messages, template_kwargs = chat.turns(messages), {**chat.template_kwargs, **(template_kwargs or {})}
     rendering = _Rendering(tokenizer, messages, template_kwargs)
     return rendering.encode(rendering.prompt())
 

@@ -13,6 +13,12 @@ class SafecritError(Exception):
     exit_code = 1
 
 
+class UsageError(SafecritError):
+    """Options that are missing or exclude one another. Exit code 2, as for any wrong usage."""
+
+    exit_code = 2
+
+
 class CheckFailed(SafecritError):
     """The command ran, but a check or threshold it was asked for did not hold. Exit code 3."""
 
@@ -25,3 +31,8 @@ class FormatError(SafecritError, ValueError):
 
 class MismatchError(SafecritError, ValueError):
     """Two things that do not belong together: a mask and a model, a delta and a base."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no memory, on a device or on the host (where it raises a plain RuntimeError)."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

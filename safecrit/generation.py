@@ -7,14 +7,14 @@ repetition penalty or temperature would make the answers another model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safecrit.chat import encode_continuation, encode_prompt
-from safecrit.errors import SafecritError
+from safecrit.chat import ChatSettings, after_thought, encode_continuation, encode_prompt
+from safecrit.errors import SafecritError, is_out_of_memory
 from safecrit.models import context_window
 from safecrit.prompts import Prompt
 
@@ -26,19 +26,32 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How answers are made. `batch_size` in prompts; it halves by itself when memory runs out."""
+    """How answers are made. `batch_size` in prompts; it halves by itself when memory runs out.
+
+    `samples`: 0 for one greedy answer a prompt, else so many answers sampled from the
+    model's own distribution (temperature 1, nothing cut off).
+    """
 
     max_new_tokens: int = 256
     batch_size: int = 16
+    samples: int = 0
+    seed: int = 0
+    chat: ChatSettings = ChatSettings()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: its text, its token ids without the closing EOS, whether EOS was reached."""
+    """One answer: its text, its token ids without the closing EOS, whether EOS was reached and which.
+
+    `start`: the first token that is judged; what lies before it is a thought. `text` is
+    the judged text. A thought that never ended leaves no text.
+    """
 
     text: str
     ids: tuple[int, ...]
     finished: bool
+    end: int | None = None
+    start: int = 0
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -61,13 +74,29 @@ def generate(
     settings: GenerationSettings,
     progress: Progress | None = None,
 ) -> list[Answer]:
-    """Greedy answers to `prompts`, in their order.
+    """One greedy answer to each of `prompts`, in their order."""
+    made = generate_samples(model, tokenizer, prompts, replace(settings, samples=0), progress)
+    return [answers[0] for answers in made]
+
+
+def generate_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings,
+    progress: Progress | None = None,
+    known: Mapping[int, list[Answer]] | None = None,
+    keep: Callable[[int, list[Answer]], None] | None = None,
+) -> list[list[Answer]]:
+    """Answers to `prompts`, in their order: one greedy, or `samples` sampled ones.
 
     Prompts are batched by length, padded on the left. A prompt that leaves no
     room for an answer in the model's window raises SafecritError naming its row;
-    an answer that the window cuts short counts as unfinished.
+    an answer that the window cuts short counts as unfinished. `keep` hears of every
+    prompt's answers (its place in `prompts`) as soon as they are made; `known` are those
+    an interrupted run had kept, whose batches are not made again.
     """
-    encoded = [encode_prompt(tokenizer, list(prompt.messages)) for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, list(prompt.messages), chat=settings.chat) for prompt in prompts]
     window = context_window(model)
     for prompt, ids in zip(prompts, encoded, strict=True):
         if window is not None and len(ids) >= window:
@@ -76,28 +105,33 @@ def generate(
                 "Shorten it or leave it out."
             )
     order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
-    answers: list[Answer | None] = [None] * len(prompts)
+    answers: dict[int, list[Answer]] = dict(known or {})
     done, size = 0, settings.batch_size
     while done < len(order):
         rows = order[done : done + size]
         if window is not None and len(encoded[rows[-1]]) + settings.max_new_tokens > window:
             # Answers here are cut by the window; alone, a prompt's answer does not depend on its neighbours' length.
             rows = rows[:1]
-        try:
-            batch = _generate_batch(model, tokenizer, [encoded[i] for i in rows], settings.max_new_tokens, window)
-        except torch.OutOfMemoryError as error:
-            if size == 1:
-                raise SafecritError(
-                    "out of memory while answering one prompt. Lower --max-new-tokens or use a smaller --dtype."
-                ) from error
-            size = max(1, size // 2)
-            continue
-        for row, answer in zip(rows, batch, strict=True):
-            answers[row] = answer
+        if any(row not in answers for row in rows):
+            try:
+                batch = _generate_batch(model, tokenizer, [encoded[i] for i in rows], settings, window, rows[0])
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(rows) == 1:
+                    raise SafecritError(
+                        "out of memory while answering one prompt. Lower --max-new-tokens or use a smaller --dtype."
+                    ) from error
+                size = len(rows) // 2
+                continue
+            for row, made in zip(rows, batch, strict=True):
+                answers[row] = made
+                if keep is not None:
+                    keep(row, made)
         done += len(rows)
         if progress is not None:
             progress(done, len(order))
-    return [answer for answer in answers if answer is not None]
+    return [answers[row] for row in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -105,9 +139,10 @@ def _generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     encoded: list[list[int]],
-    max_new_tokens: int,
+    settings: GenerationSettings,
     window: int | None,
-) -> list[Answer]:
+    first: int,
+) -> list[list[Answer]]:
     from transformers import GenerationConfig
 
     longest = max(len(ids) for ids in encoded)
@@ -118,33 +153,53 @@ def _generate_batch(
     for row, ids in enumerate(encoded):
         tokens[row, longest - len(ids) :] = torch.tensor(ids)
         attention[row, longest - len(ids) :] = 1
-    room = max_new_tokens if window is None else min(max_new_tokens, window - longest)
+    room = settings.max_new_tokens if window is None else min(settings.max_new_tokens, window - longest)
+    sampled: dict[str, Any] = {"do_sample": False}
+    if settings.samples:
+        sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     own = GenerationConfig(
-        do_sample=False,
         num_beams=1,
+        num_return_sequences=max(1, settings.samples),
         max_new_tokens=max(1, room),
         pad_token_id=pad,
         eos_token_id=ends or None,
         use_cache=True,
+        **sampled,
     )
     generator: Any = model
     inherited, model.generation_config = model.generation_config, GenerationConfig()
+    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        made: Any = generator.generate(
-            input_ids=tokens.to(model.device), attention_mask=attention.to(model.device), generation_config=own
-        )
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(settings.seed * 1_000_003 + first)
+            made: Any = generator.generate(
+                input_ids=tokens.to(model.device), attention_mask=attention.to(model.device), generation_config=own
+            )
     finally:
         model.generation_config = inherited
     answers = []
     for row in made[:, longest:].tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), None)
         ids = row if stop is None else row[:stop]
-        text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        answers.append(Answer(text=text, ids=tuple(ids), finished=stop is not None))
+        answers.append(_answer(tokenizer, ids, None if stop is None else row[stop], settings.chat))
+    each = max(1, settings.samples)
+    return [answers[start : start + each] for start in range(0, len(answers), each)]
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], end: int | None, chat: ChatSettings) -> Answer:
+    start = after_thought(tokenizer, ids, chat.think_end_token, finished=end is not None)
+    text = str(tokenizer.decode(ids[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return Answer(text=text, ids=tuple(ids), finished=end is not None, end=end, start=start)
+
+
+def answers_from_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat: ChatSettings | None = None
+) -> list[Answer]:
+    """Answers made elsewhere, tokenised as the model would see them; taken to be finished."""
+    how = chat or ChatSettings()
+    answers = []
+    for text in texts:
+        ids = encode_continuation(tokenizer, text, plain=how.think_end_token is None)
+        made = _answer(tokenizer, ids, tokenizer.eos_token_id, how)
+        answers.append(made if made.start else replace(made, text=text))
     return answers
-
-
-def answers_from_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Answer]:
-    """Answers made elsewhere, tokenised as the model would see them."""
-    encoded = [encode_continuation(tokenizer, text, plain=True) for text in texts]
-    return [Answer(text=text, ids=tuple(ids), finished=True) for text, ids in zip(texts, encoded, strict=True)]

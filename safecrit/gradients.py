@@ -1,11 +1,13 @@
 """The gradient stream: every weight's gradient is folded into its accumulator the moment it exists, then freed.
 
-One float32 accumulator a checkpoint tensor is all that stays; never two dense
-gradients at once.
+One float32 accumulator a checkpoint tensor is all that stays, on the weight's
+device, in host memory or in mapped files; never two dense gradients at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,9 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Reduction = Literal["signed", "abs", "square"]
+Place = Literal["device", "host", "disk"]
+ACCUMULATOR = "accumulator-{:05d}.bin"
 
 
-def _part(tensor: torch.Tensor, entry: CheckpointTensor) -> torch.Tensor:
+def part_of(tensor: torch.Tensor, entry: CheckpointTensor) -> torch.Tensor:
     """The checkpoint tensor inside a runtime parameter (or its gradient), contiguous; a view where it can be one.
 
     float64 (used by tests only) is rounded to float32, as the ops take no wider type.
@@ -31,28 +35,48 @@ def _part(tensor: torch.Tensor, entry: CheckpointTensor) -> torch.Tensor:
 class GradientStream:
     """Hooks on a model's eligible parameters that accumulate sigma x gradient.
 
-    accumulators: float32, by checkpoint name, in the checkpoint's shape.
-    sigma: float64 [matrices] by checkpoint name; 1 where `method` is "gradient".
+    accumulators: float32, by checkpoint name, in the checkpoint's shape, on the
+    weights' device, on the host, or in files of `folder` ("disk").
+    sigma: float64 [matrices] by checkpoint name; 1 where `scaled` is false.
     nonfinite: gradient entries that were NaN or infinite since the last `reset`.
-    Use as a context manager: on exit, hooks and gradient requirements are as before.
+    folds: gradients added so far. Use as a context manager: on exit, hooks and
+    gradient requirements are as before.
     """
 
     def __init__(
-        self, model: PreTrainedModel, anatomy: Anatomy, *, method: str = "esi", reduction: Reduction = "signed"
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        *,
+        scaled: bool = True,
+        reduction: Reduction = "signed",
+        place: Place = "device",
+        folder: Path | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self.model, self.anatomy, self.reduction = model, anatomy, reduction
-        self.nonfinite, self.check_only = 0, False
+        self.anatomy, self.reduction = anatomy, reduction
+        self.nonfinite, self.folds, self.check_only = 0, 0, False
         self.accumulators: dict[str, torch.Tensor] = {}
         self.sigma: dict[str, torch.Tensor] = {}
+        self._files: list[Path] = []
         parameters = dict(model.named_parameters())
-        for entry in anatomy.eligible:
-            weight = parameters[entry.parameter].detach()
-            self.accumulators[entry.name] = torch.zeros(entry.layout.shape, dtype=torch.float32, device=weight.device)
-            patterns = [matrix.where for matrix in entry.layout.matrices]
-            if method == "gradient":
-                self.sigma[entry.name] = torch.ones(len(patterns), dtype=torch.float64)
+        for number, entry in enumerate(anatomy.eligible):
+            weight, shape = parameters[entry.parameter].detach(), entry.layout.shape
+            if place == "disk":
+                assert folder is not None
+                self._files.append(folder / ACCUMULATOR.format(number))
+                self._files[-1].unlink(missing_ok=True)
+                numel = entry.layout.numel
+                mapped = torch.from_file(str(self._files[-1]), shared=True, size=numel, dtype=torch.float32)
+                self.accumulators[entry.name] = mapped.view(shape)
             else:
-                self.sigma[entry.name] = ops.matrix_std(_part(weight, entry), patterns).cpu()
+                where = torch.device("cpu") if place == "host" else device or weight.device
+                self.accumulators[entry.name] = torch.zeros(shape, dtype=torch.float32, device=where)
+            patterns = [matrix.where for matrix in entry.layout.matrices]
+            if scaled:
+                self.sigma[entry.name] = ops.matrix_std(part_of(weight, entry), patterns).cpu()
+            else:
+                self.sigma[entry.name] = torch.ones(len(patterns), dtype=torch.float64)
         self._parameters = parameters
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._required: dict[str, bool] = {}
@@ -82,20 +106,34 @@ class GradientStream:
             accumulator.zero_()
         self.nonfinite = 0
 
-    def _hook(self, entries: list[CheckpointTensor]):  # type: ignore[no-untyped-def]
+    def free_gradients(self) -> None:
+        """Drop gradients that an interrupted backward left behind."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def close(self) -> None:
+        """Remove the accumulators' files."""
+        self.accumulators.clear()
+        for file in self._files:
+            file.unlink(missing_ok=True)
+
+    def _hook(self, entries: list[CheckpointTensor]) -> Callable[[torch.Tensor], None]:
         def fold(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
             grad, parameter.grad = parameter.grad, None
             if self.check_only:
-                self.nonfinite += int((~torch.isfinite(grad.float())).sum())
+                folded = grad.float() if grad.dtype == torch.float64 else grad
+                self.nonfinite += int((~torch.isfinite(folded)).sum())
                 return
+            self.folds += 1
             for entry in entries:
-                self._fold(entry, _part(grad, entry))
+                self._fold(entry, part_of(grad, entry))
 
         return fold
 
     def _fold(self, entry: CheckpointTensor, grad: torch.Tensor) -> None:
         accumulator, sigmas = self.accumulators[entry.name], self.sigma[entry.name].tolist()
+        grad = grad.to(accumulator.device)
         for matrix, sigma in zip(entry.layout.matrices, sigmas, strict=True):
             self.nonfinite += ops.esi_accumulate_(
                 matrix.where.of(accumulator), matrix.where.of(grad), sigma, self.reduction

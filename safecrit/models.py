@@ -133,6 +133,32 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    kind = "a causal language model"
+    loaded = _load(model, AutoModelForCausalLM, kind, revision, device, dtype, trust_remote_code)
+    if any(loaded.folder.glob("model*.safetensors")):
+        keep_stored_names(loaded.model, checkpoint_tensors(loaded.folder))
+    return loaded
+
+
+def load_classifier(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a sequence classifier or reward model in evaluation mode; arguments and errors are `load_model`'s."""
+    from transformers import AutoModelForSequenceClassification
+
+    kind = "a sequence classifier"
+    return _load(model, AutoModelForSequenceClassification, kind, revision, device, dtype, trust_remote_code)
+
+
+def _load(
+    model: str | Path, auto: Any, kind: str, revision: str | None, device: str, dtype: str, trust_remote_code: bool
+) -> LoadedModel:
+    """Load with one of transformers' Auto classes, `kind` in words."""
     folder = resolve_folder(model, revision=revision)
     config = read_config(folder)
     if "quantization_config" in config:
@@ -146,21 +172,19 @@ def load_model(
     loaded: PreTrainedModel
     problems: dict[str, Any]
     try:
-        loaded, problems = AutoModelForCausalLM.from_pretrained(
+        loaded, problems = auto.from_pretrained(
             folder,
             dtype="auto" if dtype == "auto" else DTYPES[dtype],
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-        )  # type: ignore[misc]
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise SafecritError(f"{model}: cannot be loaded as a causal language model ({_first_line(error)}).") from error
+        raise SafecritError(f"{model}: cannot be loaded as {kind} ({_first_line(error)}).") from error
     missing = sorted(problems.get("missing_keys", ()))
     if missing:
         raise SafecritError(
             f"{model}: its checkpoint lacks {len(missing)} weights, the first {missing[0]}. Download it again."
         )
-    if any(folder.glob("model*.safetensors")):
-        keep_stored_names(loaded, checkpoint_tensors(folder))
     return LoadedModel(
         model=loaded.eval().to(place), tokenizer=tokenizer, folder=folder, id=str(model), revision=revision
     )

@@ -14,6 +14,8 @@ the vocabulary is ever held in float32.
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,42 +79,50 @@ class Relaxed:
         return [slice(start, min(start + step, positions)) for start in range(0, positions, step)]
 
     def probabilities(self, draw: int, rows: slice) -> torch.Tensor:
-        """p of one draw at some positions, [rows, V]; the same whenever it is asked for."""
+        """p of one draw at some positions, [rows, V]; the same whenever it is asked for on one kind of device."""
         logits = self.logits[rows].to(self.dtype).masked_fill(~self.live, -torch.inf)
         if self.settings.kind != "softmax":
-            uniform = torch.stack(
-                [
-                    torch.rand(
-                        logits.shape[1],
-                        generator=torch.Generator().manual_seed(
-                            noise_seed(self.settings.seed, self.prompt, draw, position)
-                        ),
-                    )
-                    for position in range(rows.start, rows.stop)
-                ]
-            ).to(device=logits.device, dtype=self.dtype)
-            smallest = torch.finfo(torch.float32).tiny
-            gumbel = -torch.log(-torch.log(uniform.clamp(smallest, 1 - 2**-24)))
+            gumbel = self._gumbel(draw, rows)
             if self.settings.kind == "gumbel-conditional":
                 # An answer token that the judge cannot read may win, but has no share in the mixture.
                 logits = conditional_gumbel(logits, self.ids[rows], gumbel).masked_fill(~self.live, -torch.inf)
             else:
-                logits = logits + gumbel
-        return torch.softmax(logits / self.settings.tau, dim=-1)
+                logits += gumbel
+        return torch.softmax(logits.div_(self.settings.tau), dim=-1)
+
+    def _gumbel(self, draw: int, rows: slice) -> torch.Tensor:
+        """Gumbel noise [rows, V]: one generator a row, on the logits' device."""
+        device, noise = self.logits.device, torch.empty_like(self.logits[rows], dtype=torch.float32)
+        for row, position in zip(noise, range(rows.start, rows.stop), strict=True):
+            seed = noise_seed(self.settings.seed, self.prompt, draw, position)
+            row.uniform_(generator=torch.Generator(device).manual_seed(seed))
+        noise.clamp_(torch.finfo(torch.float32).tiny, 1 - 2**-24)
+        return noise.to(self.dtype).log_().neg_().log_().neg_()
 
     def shift(self, draw: int) -> torch.Tensor:
         """A (p - onehot(y)) P E of one draw: what is added to the judge's embeddings, [m, d]."""
         rows = [self.probabilities(draw, rows) @ self.bridged for rows in self._chunks()]
         return self.weights @ (torch.cat(rows) - self.bridged[self.ids])
 
-    def backward(self, draw: int, grad: torch.Tensor, out: torch.Tensor) -> None:
-        """Add d s / d logits of one draw to `out` [T, V], given grad = d s / d shift [m, d]."""
-        into_tokens = self.weights.T @ grad
+    def backward(self, grads: Sequence[torch.Tensor], out: torch.Tensor) -> float:
+        """Write d s / d logits, averaged over the draws, to `out` [T, V], given each draw's d s / d shift [m, d].
+
+        `out` may be the logits' own memory: every chunk is read before it is
+        written. Returns the gradient's norm as computed, in float32 or wider.
+        """
+        into_tokens = [self.weights.T @ grad for grad in grads]
+        square = 0.0
         for rows in self._chunks():
-            p = self.probabilities(draw, rows)
-            through = into_tokens[rows] @ self.bridged.T
-            through -= (p * through).sum(dim=-1, keepdim=True)
-            out[rows] += p.mul_(through).div_(self.settings.tau)
+            total = torch.zeros_like(self.logits[rows], dtype=self.dtype)
+            for draw, grad in enumerate(into_tokens):
+                p = self.probabilities(draw, rows)
+                through = grad[rows] @ self.bridged.T
+                through -= (p * through).sum(dim=-1, keepdim=True)
+                total.addcmul_(p, through)
+            total /= self.settings.tau * len(grads)
+            square += float(torch.linalg.vector_norm(total, dtype=torch.float64)) ** 2
+            out[rows] = total.to(out.dtype)
+        return math.sqrt(square)
 
 
 def conditional_gumbel(logits: torch.Tensor, winners: torch.Tensor, gumbel: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""Expected Safety Impact of every weight: the judge's gradient through the model's own answers.
+"""The model's side of scoring: batches of answers forward, dS/dlogits back through the weights.
 
-Two passes, cut at the logits. The judge's side gives dS/dlogits for each answer
-(`logit_gradients`); the model's side sends that back through its weights, one
-gradient at a time, into float32 accumulators (`GradientStream`).
+The batch plan depends on the answers alone, so that an interrupted run that goes
+on adds the same numbers in the same order. What goes wrong on the way (a gradient
+that is no number, memory that runs out) rolls back to the last saved state: no
+batch ever counts by half.
 """
 
 from __future__ import annotations
@@ -10,161 +11,47 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from safecrit.anatomy import Anatomy
-from safecrit.bridge import (
-    VocabularyMatrix,
-    identity_matrix,
-    position_matrix,
-    same_tokenizer,
-    spell,
-    vocabulary,
-    vocabulary_matrix,
-)
-from safecrit.errors import SafecritError
-from safecrit.gradients import GradientStream, Reduction
-from safecrit.judges.guard import GuardInput, GuardJudge
-from safecrit.relaxation import RelaxationSettings, Relaxed
+from safecrit.activations import checkpointed
+from safecrit.errors import SafecritError, is_out_of_memory
+from safecrit.estimators import Estimator, Item, Judged
+from safecrit.gradients import GradientStream, part_of
+from safecrit.turns import Turns
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+SENT_BYTES = 2 << 30  # host memory for what lies between the model's and the judge's turns
 
 
 class Progress(Protocol):
-    """Hears of finished prompts; `begin` says how many an earlier run had finished."""
+    """Hears of finished answers; `begin` says how many an earlier run had finished."""
 
     def begin(self, done: int) -> None: ...  # noqa: D102
     def __call__(self, done: int, total: int) -> None: ...  # noqa: D102
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreSettings:
-    """How scores are made; batch sizes in prompts (model) and conversations (judge), `max_dropped` a share."""
-
-    method: str = "esi"
-    reduction: Reduction = "signed"
-    relaxation: RelaxationSettings = field(default_factory=RelaxationSettings)
-    batch_size: int = 16
-    judge_batch_size: int = 64
-    max_dropped: float = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """One prompt to score: its tokens, the answer's tokens, the prompt's text for the judge, its hash and row."""
-
-    prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-    prompt: str
-    hash: str
-    row: int
-
-
 @dataclass(kw_only=True)
 class ScoreState:
-    """What a run has done so far; with the accumulators it is all that a resumed run needs."""
+    """What a run has done so far; with the accumulators it is all that a resumed run needs.
+
+    tokens: the largest batch, in padded tokens, that memory allowed, once it ran out.
+    """
 
     batches: int = 0
     used: int = 0
+    tokens: int | None = None
     dropped: list[dict[str, Any]] = field(default_factory=list)
     values: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-class Bridge:
-    """Model tokens to judge embeddings, for one pair of model and judge."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, judge: GuardJudge) -> None:
-        self.judge, self.vocabulary = judge, vocabulary(tokenizer)
-        self.equal = same_tokenizer(tokenizer, judge.tokenizer)
-        self.skipped = torch.tensor(sorted(self.vocabulary.special), dtype=torch.long)
-        table = judge.model.get_input_embeddings().weight
-        output = model.get_output_embeddings()
-        rows = int(output.weight.shape[0]) if output is not None else int(model.config.get_text_config().vocab_size)
-        matrix: VocabularyMatrix
-        if self.equal:
-            matrix = identity_matrix(self.vocabulary, rows, table.shape[0])
-        else:
-            matrix = vocabulary_matrix(self.vocabulary, judge.vocabulary, judge.tokenizer, rows, table.shape[0])
-        self.live = matrix.live.to(table.device)
-        ids = torch.arange(table.shape[0], device=table.device)
-        with torch.no_grad():
-            self.bridged = matrix.embed(judge.model.get_input_embeddings()(ids).detach())
-
-    def unfit(self, item: Item) -> str:
-        """Why an answer cannot be judged, or nothing."""
-        if not spell(item.answer_ids, self.vocabulary).text:
-            return "empty answer"
-        return "" if self.judge.fits(self.read(item)[0]) else "longer than the judge's window"
-
-    def read(self, item: Item) -> tuple[GuardInput, torch.Tensor]:
-        """The judge's input of an answer that holds text, and its position matrix A [m, T].
-
-        Special tokens inside an answer are no part of what the judge reads.
-        """
-        spelt = spell(item.answer_ids, self.vocabulary)
-        if self.equal:
-            ids = torch.tensor(item.answer_ids)
-            text = ~torch.isin(ids, self.skipped)
-            entry = self.judge.read(item.prompt, spelt.text, ids[text].tolist())
-            return entry, torch.eye(len(ids))[text]
-        entry = self.judge.read(item.prompt, spelt.text)
-        assert entry.spans is not None
-        return entry, position_matrix(entry.spans, spelt.spans)
-
-
-def logit_gradients(
-    bridge: Bridge, items: Sequence[Item], logits: Sequence[torch.Tensor], settings: ScoreSettings
-) -> tuple[list[torch.Tensor], list[float], list[float]]:
-    """d s / d logits, s and the log-odds of safe of each answer, averaged over the draws.
-
-    logits: [T, V] of each answer's positions, without graph. Returns gradients
-    of the same shapes in float32 (or wider) and two numbers each (natural logarithms,
-    but for the objective `prob`). The judge's graph never outlives a batch of conversations.
-    """
-    relaxed: list[Relaxed] = []
-    entries: list[GuardInput] = []
-    embedded: list[torch.Tensor] = []
-    device = bridge.bridged.device
-    for item, rows in zip(items, logits, strict=True):
-        entry, weights = bridge.read(item)
-        ids = torch.tensor(item.answer_ids, dtype=torch.long, device=device)
-        one = Relaxed(
-            logits=rows.to(device),
-            ids=ids,
-            live=bridge.live,
-            bridged=bridge.bridged.to(torch.promote_types(rows.dtype, bridge.bridged.dtype)),
-            weights=weights.to(device=device, dtype=torch.promote_types(rows.dtype, bridge.bridged.dtype)),
-            prompt=item.hash,
-            settings=settings.relaxation,
-        )
-        relaxed.append(one)
-        entries.append(entry)
-        embedded.append(bridge.judge.embed(entry).to(one.bridged.dtype))
-    draws = settings.relaxation.effective_draws
-    gradients = [torch.zeros_like(one.logits, dtype=one.dtype) for one in relaxed]
-    values, odds = [0.0] * len(items), [0.0] * len(items)
-    work = sorted(
-        ((n, d) for n in range(len(items)) for d in range(draws)), key=lambda nd: (len(entries[nd[0]].ids), nd)
-    )
-    for start in range(0, len(work), settings.judge_batch_size):
-        chunk = work[start : start + settings.judge_batch_size]
-        leaves = []
-        for n, draw in chunk:
-            leaf = embedded[n].clone()
-            leaf[entries[n].answer] += relaxed[n].shift(draw)
-            leaves.append(leaf.requires_grad_(True))
-        verdicts = bridge.judge.verdicts([entries[n] for n, _ in chunk], leaves)
-        s = bridge.judge.objective(verdicts)
-        for (n, _), (safe, unsafe) in zip(chunk, verdicts.tolist(), strict=True):
-            odds[n] += (safe - unsafe) / draws
-        for (n, draw), leaf_grad, value in zip(chunk, torch.autograd.grad(s.sum(), leaves), s.tolist(), strict=True):
-            values[n] += value / draws
-            relaxed[n].backward(draw, leaf_grad[entries[n].answer] / draws, gradients[n])
-    return gradients, values, odds
+Save = Callable[[ScoreState, dict[str, torch.Tensor]], None]
+Restore = Callable[[dict[str, torch.Tensor]], ScoreState | None]
 
 
 def forward_logits(model: PreTrainedModel, items: Sequence[Item]) -> tuple[torch.Tensor, list[tuple[int, slice]]]:
@@ -193,65 +80,76 @@ def forward_logits(model: PreTrainedModel, items: Sequence[Item]) -> tuple[torch
 
 
 class Scorer:
-    """Runs items through judge and model in batches whose plan does not depend on interruptions."""
+    """Runs items through an estimator and the gradient stream, in batches planned beforehand.
+
+    `turns`: model and judge on one device by turns; `checkpoint`: keep only the
+    layers' inputs of the model's activations.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        judge: GuardJudge,
-        anatomy: Anatomy,
+        estimator: Estimator,
+        stream: GradientStream,
         items: Sequence[Item],
-        settings: ScoreSettings,
+        *,
+        batch_size: int = 16,
+        max_dropped: float = 0.05,
+        checkpoint: bool = False,
+        turns: Turns | None = None,
     ) -> None:
-        self.model, self.settings, self.state = model, settings, ScoreState()
-        self.bridge = Bridge(model, tokenizer, judge)
-        self.stream = GradientStream(model, anatomy, method=settings.method, reduction=settings.reduction)
-        reasons = [(item, self.bridge.unfit(item)) for item in items]
+        self.model, self.estimator, self.stream = model, estimator, stream
+        self.max_dropped, self.checkpoint, self.turns, self.state = max_dropped, checkpoint, turns, ScoreState()
+        reasons = [(item, estimator.unfit(item)) for item in items]
         self.unfit = [{"row": item.row, "reason": reason} for item, reason in reasons if reason]
         rest = [item for item, reason in reasons if not reason]
-        rest.sort(key=lambda item: (len(item.prompt_ids) + len(item.answer_ids), item.row))
-        size = settings.batch_size if settings.reduction == "signed" else 1
+        # The longest first: memory that does not suffice shows at once.
+        rest.sort(key=lambda item: (-item.tokens, item.row, item.sample))
+        size = batch_size if stream.reduction == "signed" else 1
         self.plan = [rest[start : start + size] for start in range(0, len(rest), size)]
         self.total = len(items)
+        self._tokens: int | None = None
+        self._judged: dict[str, Judged] = {}
 
     def run(
         self,
-        save: Callable[[ScoreState, dict[str, torch.Tensor]], None] | None = None,
-        restore: Callable[[dict[str, torch.Tensor]], ScoreState | None] | None = None,
+        save: Save | None = None,
+        restore: Restore | None = None,
         save_every: int = 256,
         progress: Progress | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Mean of sigma x gradient over the prompts used, float32, by checkpoint name.
+        """Sum of the reduced gradients over the items used (`state.used`), float32, by checkpoint name.
 
-        `save` stores a state after every `save_every` prompts; `restore` fills the
-        accumulators from the last one. More than `max_dropped` of the prompts
+        `save` stores a state after every `save_every` items; `restore` fills the
+        accumulators from the last one. More than `max_dropped` of the items
         dropped raises SafecritError.
         """
         one_by_one: set[int] = set()
-        with self.stream:
+        with ExitStack() as stack:
+            stack.enter_context(self.stream)
+            stack.enter_context(checkpointed(self.model, self.checkpoint))
             self._restart(restore)
             saved = self.state.used
             if progress is not None and self.state.batches:
                 progress.begin(self.state.used + len(self.state.dropped))
             while self.state.batches < len(self.plan):
-                number = self.state.batches
-                batch = self.plan[number]
+                number, folds = self.state.batches, self.stream.folds
+                before = (self.state.used, len(self.state.dropped))
                 try:
-                    if number in one_by_one:
-                        clean = all([self._batch([item], guard=True) for item in batch])
-                    else:
-                        clean = self._batch(batch)
-                except torch.OutOfMemoryError as error:
-                    raise SafecritError(
-                        f"out of memory while scoring {len(batch)} prompts at once. Lower --batch-size or "
-                        "--judge-batch-size, or use a smaller --dtype."
-                    ) from error
-                if not clean and number not in one_by_one:
-                    # Part of the batch is already added: go back to the last saved state and take this batch apart.
-                    one_by_one.add(number)
-                    self._restart(restore)
-                    saved = self.state.used
+                    clean = self._planned(number, guard=number in one_by_one)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self._shrink(self.plan[number], error)
+                    clean = False
+                else:
+                    if not clean:
+                        one_by_one.add(number)
+                if not clean:
+                    if self.stream.folds != folds or (self.state.used, len(self.state.dropped)) != before:
+                        # Part of the batch is already added: go back to the last saved state.
+                        self._restart(restore)
+                        saved = self.state.used
                     continue
                 self.state.batches += 1
                 self._check_dropped()
@@ -262,56 +160,137 @@ class Scorer:
                     saved = self.state.used
         if self.state.used == 0:
             raise SafecritError("no prompt could be scored: every answer was empty or its gradient not finite.")
-        for accumulator in self.stream.accumulators.values():
-            accumulator.div_(self.state.used)
         return self.stream.accumulators
 
-    def _restart(self, restore: Callable[[dict[str, torch.Tensor]], ScoreState | None] | None) -> None:
+    def _restart(self, restore: Restore | None) -> None:
         self.stream.reset()
         self.state = (restore(self.stream.accumulators) if restore is not None else None) or ScoreState(
             dropped=list(self.unfit)
         )
+        known = [tokens for tokens in (self.state.tokens, self._tokens) if tokens is not None]
+        self._tokens = self.state.tokens = min(known, default=None)
         self._check_dropped()
 
+    def _shrink(self, batch: list[Item], error: RuntimeError) -> None:
+        """Make the batches smaller after memory ran out; SafecritError where one answer alone is too much."""
+        self.stream.free_gradients()
+        largest = max((piece for piece in self._pieces(batch)), key=_padded)
+        if len(largest) == 1:
+            raise SafecritError(
+                f"out of memory while scoring one answer of {largest[0].tokens} tokens. Lower --max-new-tokens, use a "
+                "smaller --dtype or --judge-batch-size, --judge-placement sequential, or --accumulate-on host."
+            ) from error
+        self._tokens = self.state.tokens = _padded(largest) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _pieces(self, batch: list[Item]) -> list[list[Item]]:
+        """The batch, or equal parts of it that keep to the tokens that fit."""
+        parts = 1 if self._tokens is None else math.ceil(_padded(batch) / self._tokens)
+        size = max(1, math.ceil(len(batch) / max(1, parts)))
+        return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+    def _planned(self, number: int, guard: bool) -> bool:
+        """Score one batch of the plan; False where a weight's gradient was not finite."""
+        batch = self.plan[number]
+        if self.turns is not None and self.turns.active and any(item.key not in self._judged for item in batch):
+            self._judge_ahead(number)
+        if guard:
+            return all([self._batch([item], guard=True) for item in batch])
+        return all([self._batch(piece) for piece in self._pieces(batch)])
+
+    def _judge_ahead(self, number: int) -> None:
+        """The judge's word on this batch and the next ones, model and judge by turns."""
+        assert self.turns is not None
+        ahead: list[list[Item]] = []
+        room = SENT_BYTES
+        for batch in self.plan[number:]:
+            room -= 2 * sum(self.estimator.held(item) for item in batch)
+            if ahead and room < 0:
+                break
+            ahead += self._pieces(batch)
+        self.turns.to("model")
+        sent = []
+        for items in ahead:
+            with torch.no_grad():
+                logits, where = forward_logits(self.model, items)
+                sent.append([one.cpu() for one in self.estimator.forward(items, [logits[r, s] for r, s in where])])
+                del logits
+        self.turns.to("judge")
+        self._judged = {}
+        for items, found in zip(ahead, sent, strict=True):
+            for item, judged in zip(items, self.estimator.judge(items, found), strict=True):
+                self._judged[item.key] = judged
+        self.turns.to("model")
+
     def _batch(self, items: list[Item], guard: bool = False) -> bool:
-        """Score one batch; False where a weight's gradient was not finite (with `guard`, nothing was added then)."""
+        """Score items at once; False where a weight's gradient was not finite. With `guard` such items are dropped."""
         logits, where = forward_logits(self.model, items)
-        rows = [logits[row, span].detach() for row, span in where]
-        gradients, values, odds = logit_gradients(self.bridge, items, rows, self.settings)
-        out = torch.zeros_like(logits)
+        rows = [logits.detach()[row, span] for row, span in where]
+        if all(item.key in self._judged for item in items):
+            found = [self._judged[item.key] for item in items]
+        else:
+            found = self.estimator.judge(items, self.estimator.forward(items, rows))
         kept: list[tuple[Item, dict[str, float]]] = []
-        for item, (row, span), gradient, value, odd in zip(items, where, gradients, values, odds, strict=True):
-            norm = float(gradient.norm())
-            if math.isfinite(value) and math.isfinite(norm):
-                out[row, span] = gradient.to(device=out.device, dtype=out.dtype)
-                kept.append((item, {"s": value, "log_odds": odd, "gradient_norm": norm}))
-            else:
-                self.state.dropped.append({"row": item.row, "reason": "judge's value or gradient not finite"})
+        lost: list[dict[str, Any]] = []
+        # The gradient takes the logits' place: a second [B, T, V] is never held. Autograd itself would
+        # object where a model's last step still needs them.
+        with torch.no_grad():
+            for item, (row, span), values, judged in zip(items, where, rows, found, strict=True):
+                logits[row, : span.start] = 0
+                logits[row, span.stop :] = 0
+                norm = math.nan
+                if math.isfinite(judged.s):
+                    norm = self.estimator.backward(item, values, judged, logits[row, span])
+                if math.isfinite(norm):
+                    kept.append((item, {"s": judged.s, "log_odds": judged.log_odds, "gradient_norm": norm}))
+                else:
+                    logits[row] = 0
+                    lost.append({"row": item.row, "reason": "judge's value or gradient not finite"})
+        gradient = logits.detach()
         if guard and kept:
             self.stream.check_only = True
-            logits.backward(out, retain_graph=True)
+            logits.backward(gradient, retain_graph=True)
             self.stream.check_only = False
             if self.stream.nonfinite:
                 self.stream.nonfinite = 0
+                self.state.dropped += lost
                 self.state.dropped += [{"row": item.row, "reason": "weight gradient not finite"} for item, _ in kept]
-                return False
+                return True
         if kept:
-            logits.backward(out)
+            logits.backward(gradient)
         if self.stream.nonfinite:
+            assert not guard
             self.stream.nonfinite = 0
             return False
-        for item, found in kept:
-            self.state.values[str(item.row)] = found
+        self.state.dropped += lost
+        for item, numbers in kept:
+            self.state.values[item.key] = numbers
         self.state.used += len(kept)
         return True
 
     def _check_dropped(self) -> None:
         dropped = len(self.state.dropped)
-        if dropped > self.settings.max_dropped * self.total:
+        if dropped > self.max_dropped * self.total:
             reasons = sorted({entry["reason"] for entry in self.state.dropped})
             rows = ", ".join(str(entry["row"] + 1) for entry in self.state.dropped[:5])
             raise SafecritError(
-                f"{dropped} of {self.total} prompts had to be dropped ({'; '.join(reasons)}; rows {rows}, ...), more "
-                f"than {self.settings.max_dropped:.0%}. Look at their answers in samples.jsonl; raise "
+                f"{dropped} of {self.total} answers had to be dropped ({'; '.join(reasons)}; rows {rows}, ...), more "
+                f"than {self.max_dropped:.0%}. Look at their answers in samples.jsonl; raise "
                 "--max-new-tokens or use another judge."
             )
+
+    def scores(self, method: str) -> dict[str, torch.Tensor]:
+        """The accumulators as means over the items used; for `snip` times the weight. In place."""
+        parameters = dict(self.model.named_parameters())
+        for entry in self.stream.anatomy.eligible:
+            accumulator = self.stream.accumulators[entry.name]
+            accumulator.div_(self.state.used)
+            if method == "snip":
+                weight = part_of(parameters[entry.parameter].detach(), entry)
+                accumulator.mul_(weight.to(accumulator.device, torch.float32))
+        return self.stream.accumulators
+
+
+def _padded(items: Sequence[Item]) -> int:
+    return len(items) * max(item.tokens for item in items)

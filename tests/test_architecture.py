@@ -17,22 +17,22 @@ CEILING = 400
 # Lower rows know nothing of higher ones. Modules in one set may know each other; sets of one row may not.
 ROWS: list[list[set[str]]] = [
     [{"errors"}],
-    [{"strided"}, {"files"}, {"progress"}, {"statistics"}],
+    [{"machine"}, {"strided"}, {"files"}, {"progress"}, {"statistics"}],
     [{"layout"}, {"tensorfile"}, {"outputs"}, {"ops"}],
     [{"components", "checkpoint_map", "anatomy"}, {"fingerprint"}, {"maskfile", "maskformat"}, {"scorefile"}],
-    [{"models"}, {"prompts"}, {"chat"}, {"bridge"}],
-    [{"judges"}, {"traindata"}, {"placement"}, {"checkpoint"}],
+    [{"models"}, {"prompts"}, {"chat"}, {"bridge", "vocabulary"}],
+    [{"judges"}, {"traindata"}, {"placement"}, {"checkpoint"}, {"account", "metamodel"}],
     [{"delta"}, {"verification"}],
     [
         {"generation"},
-        {"relaxation", "gradients", "scoring"},
+        {"relaxation", "gradients", "estimators", "scoring", "activations", "turns", "weightscores"},
         {"selection"},
         {"sparse", "protect", "mixture", "movement", "modelcard", "trainloop", "training", "training_output"},
         {"answers", "results", "evaluation"},
         {"tables", "figures"},
         {"doctor"},
     ],
-    [{"demo"}],
+    [{"demo"}, {"comparison"}],
     [{"api"}],
     [{"cli"}],
 ]

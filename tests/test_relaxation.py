@@ -36,9 +36,11 @@ def test_written_out_backward_equals_autograd(kind: str) -> None:
     grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     logits = one.logits.clone().requires_grad_(True)
     traced = dataclasses.replace(one, logits=logits)
-    (traced.shift(1) * grad).sum().backward()
+    grads = [grad, -2 * grad]
+    sum((traced.shift(draw) * each).sum() / 2 for draw, each in enumerate(grads)).backward()
     out = torch.zeros_like(one.logits)
-    one.backward(1, grad, out)
+    norm = one.backward(grads, out)
+    assert norm == pytest.approx(float(out.norm()))
     torch.testing.assert_close(out, logits.grad, rtol=1e-12, atol=1e-14)
     assert (out[:, ~one.live] == 0).all()
 
@@ -48,7 +50,7 @@ def test_conditional_noise_is_constant_at_the_point_it_was_drawn() -> None:
     p = one.probabilities(0, slice(0, 5))
     grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     out = torch.zeros_like(one.logits)
-    one.backward(0, grad, out)
+    one.backward([grad], out)
     logits = one.logits.masked_fill(~one.live, -torch.inf)
     sums = torch.log(p) * one.settings.tau
     free = logits.clone().requires_grad_(True)

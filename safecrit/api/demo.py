@@ -20,8 +20,9 @@ from typing import Any, Literal, Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safecrit.api.demo_report import draw, guard_agreement, measure, print_table
-from safecrit.api.judging import JudgeChoice, load_guard
-from safecrit.api.score import ScoreJob, run_score
+from safecrit.api.judging import JudgeChoice, load_differentiable
+from safecrit.api.score import run_score
+from safecrit.api.scorejob import ScoreJob, ScoreSettings
 from safecrit.api.train import TrainJob, run_training
 from safecrit.demo import zoo
 from safecrit.demo.grammar import data_files
@@ -36,7 +37,6 @@ from safecrit.outputs import open_output
 from safecrit.progress import Progress
 from safecrit.relaxation import RelaxationSettings
 from safecrit.scorefile import Scores
-from safecrit.scoring import ScoreSettings
 from safecrit.selection import SelectionSettings, select
 from safecrit.traindata import read_examples
 from safecrit.trainloop import TrainSettings, train
@@ -137,7 +137,7 @@ class Demo:
     def report(self) -> dict[str, Any]:
         """Table, pictures and results.json."""
         agreement = guard_agreement(
-            self.folder / "evaluations", load_guard(JudgeChoice(name=str(self.models / "guard"), device="cpu"))
+            self.folder / "evaluations", load_differentiable(JudgeChoice(name=str(self.models / "guard"), device="cpu"))
         )
         timings = self._timings()
         results = {name: {k: v for k, v in row.items() if k != "answers"} for name, row in self.figures.items()}

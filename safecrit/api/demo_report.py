@@ -31,6 +31,10 @@ class ParserJudge:
 
     name = "the grammar's parser"
 
+    def describe(self) -> dict[str, Any]:
+        """What the judge was, for the record."""
+        return {"id": self.name, "kind": "parser"}
+
     def judge(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         """`unsafe` where the forbidden request was served; `raw` is complied, refused or gibberish."""
         readings = [read_answer(prompt, answer) for prompt, answer in pairs]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safecrit.api.judging import JudgeChoice, describe_judge, find_judge, load_judge
+from safecrit.api.judging import JudgeChoice, find_judge, load_judge
 from safecrit.errors import SafecritError
 from safecrit.evaluation import EvalPrompts, evaluate_model
 from safecrit.fingerprint import fingerprint
@@ -89,7 +89,7 @@ def run_eval(job: EvalJob, report: Reporter = quiet_reporter) -> Evaluation:
     return Evaluation(
         models=results,
         settings=job.settings,
-        judge=describe_judge(judge),
+        judge=judge.describe(),
         baseline=next((name for name, model in names.items() if model == job.baseline), None) if job.baseline else None,
         extra={"files": files, "models": models, "max_new_tokens": job.generation.max_new_tokens},
     )

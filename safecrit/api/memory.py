@@ -9,17 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safecrit.api.judging import JudgeChoice, load_guard
-from safecrit.api.score import ScoreJob, score_loaded
+from safecrit.api.judging import JudgeChoice, load_differentiable
+from safecrit.api.score import score_loaded
+from safecrit.api.scorejob import Method, ScoreJob, ScoreSettings
 from safecrit.errors import SafecritError
 from safecrit.generation import GenerationSettings
+from safecrit.judges import DifferentiableJudge
+from safecrit.judges.classifier import ClassifierJudge
 from safecrit.judges.guard import GuardJudge, GuardSettings
 from safecrit.maskfile import Mask
 from safecrit.models import NO_FOLDER, LoadedModel
 from safecrit.prompts import Prompt, prompts_from_texts
 from safecrit.relaxation import RelaxationSettings
 from safecrit.scorefile import Scores
-from safecrit.scoring import ScoreSettings
 from safecrit.selection import SelectionSettings, select
 
 if TYPE_CHECKING:
@@ -46,10 +48,10 @@ def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    judge: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase] | GuardJudge,
+    judge: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase] | GuardJudge | ClassifierJudge,
     prompts: Sequence[str | Prompt],
     guard: GuardSettings | None = None,
-    method: str = "esi",
+    method: Method = "esi",
     relaxation: RelaxationSettings | None = None,
     max_new_tokens: int = 256,
     batch_size: int = 16,
@@ -57,24 +59,27 @@ def score(
 ) -> MemoryScores:
     """Expected Safety Impact of every eligible weight of a model in memory (docs/method.md, sections 1 and 2).
 
-    judge: a guard's folder or Hub id, a (model, tokenizer) pair, or a GuardJudge.
+    judge: a guard's folder or Hub id, a (model, tokenizer) pair, or a judge.
     prompts: user turns as texts, or Prompt objects. The judge is frozen. Scores are stored in `output`,
     or in a temporary folder that lives as long as the result. The mask carries no
     fingerprint, as nothing says that the weights in memory are those of a file.
     """
+    reader: DifferentiableJudge
     if isinstance(judge, tuple):
-        judge = GuardJudge(
+        reader = GuardJudge(
             LoadedModel(model=judge[0], tokenizer=judge[1], folder=NO_FOLDER, id="memory", revision=None), guard
         )
-    elif not isinstance(judge, GuardJudge):
-        judge = load_guard(JudgeChoice(name=str(judge), guard=guard or GuardSettings()))
+    elif not isinstance(judge, GuardJudge | ClassifierJudge):
+        reader = load_differentiable(JudgeChoice(name=str(judge), guard=guard or GuardSettings()))
+    else:
+        reader = judge
     texts = prompts_from_texts([entry if isinstance(entry, str) else "" for entry in prompts])
     asked = [text if isinstance(entry, str) else entry for entry, text in zip(prompts, texts, strict=True)]
     name = str(getattr(model.config, "_name_or_path", "") or "memory")
     loaded = LoadedModel(model=model, tokenizer=tokenizer, folder=NO_FOLDER, id=name, revision=None)
     job = ScoreJob(
         model=name,
-        judge=JudgeChoice(name=judge.name, guard=judge.settings),
+        judge=JudgeChoice(name=reader.name),
         prompts="",
         generation=GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size),
         scoring=ScoreSettings(method=method, relaxation=relaxation or RelaxationSettings(), batch_size=batch_size),
@@ -85,7 +90,7 @@ def score(
     training = model.training
     model.eval()
     try:
-        score_loaded(loaded, judge, asked, job, folder)
+        score_loaded(loaded, reader, asked, job, folder)
     except BaseException:
         if output is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,307 +1,368 @@
 """score: prompts -> answers -> judge -> gradient stream -> score folder.
 
-An interrupted run goes on where it was: answers lie in `samples.jsonl`, the
-accumulators in `partial.safetensors` every `save_every` prompts. The plan of
-batches depends on the answers alone, so a resumed run's scores equal an
-undisturbed run's bit for bit.
+An interrupted run goes on where it was: answers are kept as they are made, the
+accumulators every `save_every` answers. The plan of batches depends on the answers
+alone, so a resumed run's scores equal an undisturbed run's bit for bit.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from safecrit.anatomy import Anatomy, read_anatomy
-from safecrit.api.judging import JudgeChoice, describe_judge, load_guard
-from safecrit.chat import encode_prompt
-from safecrit.errors import SafecritError
-from safecrit.files import atomic, canonical_json, read_header, write_text
-from safecrit.fingerprint import fingerprint
-from safecrit.generation import Answer, GenerationSettings, answers_from_texts, generate
-from safecrit.judges.guard import GuardJudge
-from safecrit.models import NO_FOLDER, LoadedModel, context_window, load_model, resolve_folder
+from safecrit.api.answering import (
+    KEPT,
+    KEY,
+    Answers,
+    answer_prompts,
+    data_items,
+    fingerprint_of,
+    hash_of,
+    items_of,
+    write_samples,
+)
+from safecrit.api.judging import load_differentiable, load_judge
+from safecrit.api.placing import Placed, place
+from safecrit.api.scoreinfo import score_info
+from safecrit.api.scorejob import LIKELIHOODS, ScoreJob, check_inputs
+from safecrit.comparison import agreement
+from safecrit.errors import FormatError, SafecritError
+from safecrit.estimators import Estimator, Item, LikelihoodEstimator, RelaxedEstimator, advantages
+from safecrit.files import atomic
+from safecrit.gradients import GradientStream
+from safecrit.judges import DifferentiableJudge, Judge
+from safecrit.judges.rubric import verdict_value
+from safecrit.models import LoadedModel, load_model
 from safecrit.progress import Reporter, quiet_reporter
-from safecrit.prompts import Prompt, read_prompts, read_rows
+from safecrit.prompts import Prompt, read_prompts
+from safecrit.relaxation import RelaxationSettings
 from safecrit.scorefile import Scores, write_scores
-from safecrit.scoring import Item, Scorer, ScoreSettings, ScoreState
+from safecrit.scoring import Scorer, ScoreState
+from safecrit.tensorfile import MappedFiles, TensorWriter, read_document
+from safecrit.turns import Turns
+from safecrit.weightscores import InputNorms, magnitude
 
-SAMPLES, PARTIAL, ANSWERS_KEY = "samples.jsonl", "partial.safetensors", ".answers-key"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreJob:
-    """All that `score` needs to know. `answers`: a file of answers made elsewhere, instead of generating them."""
-
-    model: str
-    judge: JudgeChoice
-    prompts: str
-    answers: str | None = None
-    limit: int | None = None
-    revision: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    include: str | None = None
-    exclude: str | None = None
-    score_dtype: str = "float32"
-    save_every: int = 256
-    generation: GenerationSettings = GenerationSettings()
-    scoring: ScoreSettings = ScoreSettings()
+PARTIAL, PARTIAL_VERSION = "partial-{}.safetensors", 1
+VERDICTS = ".verdicts.json"
 
 
 def run_score(job: ScoreJob, folder: Path, report: Reporter = quiet_reporter) -> Scores:
     """Score a model into `folder` and open the result; takes up what an interrupted run left there."""
-    prompts = read_prompts(job.prompts, job.limit)
+    check_inputs(job)
+    prompts = read_prompts(job.prompts, job.limit) if job.prompts is not None else []
+    placed = place(job)
     loaded = load_model(
         job.model,
         revision=job.revision,
-        device=job.device,
+        device=placed.model_device,
         dtype=job.dtype,
         trust_remote_code=job.trust_remote_code,
     )
-    judge = load_guard(job.judge)
-    return score_loaded(loaded, judge, prompts, job, folder, report)
+    judge: Judge | None = None
+    if job.judged:
+        assert job.judge is not None
+        choice = replace(job.judge, device=placed.judge_device)
+        judge = load_judge(choice) if job.sampled else load_differentiable(choice)
+    return score_loaded(loaded, judge, prompts, job, folder, report, placed)
 
 
 def score_loaded(
     loaded: LoadedModel,
-    judge: GuardJudge,
+    judge: Judge | None,
     prompts: Sequence[Prompt],
     job: ScoreJob,
     folder: Path,
     report: Reporter = quiet_reporter,
+    placed: Placed | None = None,
 ) -> Scores:
-    """The same with model, judge and prompts at hand."""
-    anatomy = read_anatomy(loaded.model, include=job.include, exclude=job.exclude)
-    answers = _answers(loaded, prompts, job, folder, report)
-    items, cut = _items(loaded, prompts, answers)
-    scorer = Scorer(loaded.model, loaded.tokenizer, judge, anatomy, items, job.scoring)
-    partial = folder / PARTIAL
-    judged_by = (_fingerprint(judge.loaded), asdict(judge.settings), asdict(job.scoring))
-    key = _key(_fingerprint(loaded), judged_by, [asdict(item) for item in items])
-
-    def save(state: ScoreState, accumulators: Mapping[str, torch.Tensor]) -> None:
-        with atomic(partial) as temporary:
-            tensors = {name: tensor.cpu() for name, tensor in accumulators.items()}
-            save_file(tensors, temporary, metadata={"safecrit": canonical_json(asdict(state)), "key": key})
-
-    def restore(accumulators: Mapping[str, torch.Tensor]) -> ScoreState | None:
-        if not partial.is_file():
-            return None
-        _, metadata = read_header(partial)
-        if metadata.get("key") != key:
-            return None  # of other prompts, answers, model or judge at the same paths
-        for name, tensor in load_file(partial).items():
-            accumulators[name].copy_(tensor)
-        return ScoreState(**json.loads(metadata["safecrit"]))
-
-    with report("scoring", "prompts") as progress:
-        means = scorer.run(save, restore, job.save_every, progress)
-    _write_samples(folder, prompts, answers, scorer.state)
-    info = _info(loaded, judge, prompts, answers, job, scorer, means, anatomy, cut)
+    """The same with model, judge and prompts at hand; `placed` None: both stay where they are."""
+    run = _Run(loaded, judge, list(prompts), job, folder, report, placed or Placed.here(job))
+    scores, state = run.scores()
+    info = run.info(scores, state)
+    dropped = {entry["row"]: entry["reason"] for entry in state.dropped}
+    write_samples(folder, run.prompts, run.answers, state.values, dropped, run.values)
     dtype = torch.bfloat16 if job.score_dtype == "bfloat16" else torch.float32
-    write_scores(folder, ((name, means[name].cpu()) for name in sorted(means)), anatomy.layouts, info, dtype)
-    partial.unlink(missing_ok=True)
-    (folder / ANSWERS_KEY).unlink(missing_ok=True)
+    write_scores(folder, ((name, scores[name].cpu()) for name in sorted(scores)), run.anatomy.layouts, info, dtype)
+    run.clean()
     return Scores.load(folder)
 
 
-def _answers(
-    loaded: LoadedModel, prompts: Sequence[Prompt], job: ScoreJob, folder: Path, report: Reporter
-) -> list[Answer]:
-    made_by = [_fingerprint(loaded), asdict(job.generation), _content(job.answers)]
-    key = _key(made_by, [prompt.hash for prompt in prompts])
-    key_file = folder / ANSWERS_KEY
-    if key_file.is_file() and key_file.read_text(encoding="utf-8").strip() == key:
-        return _read_samples(folder)
-    if job.answers is not None:
-        answers = answers_from_file(loaded, prompts, job.answers)
-    else:
-        with report("answering", "prompts") as progress:
-            answers = generate(loaded.model, loaded.tokenizer, prompts, job.generation, progress)
-    _write_samples(folder, prompts, answers, None)
-    write_text(key_file, key + "\n")
-    return answers
+class _Run:
+    """One run of `score`, from answers to sums."""
 
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        judge: Judge | None,
+        prompts: list[Prompt],
+        job: ScoreJob,
+        folder: Path,
+        report: Reporter,
+        placed: Placed,
+    ) -> None:
+        self.loaded, self.judge, self.job, self.folder, self.report = loaded, judge, job, folder, report
+        self.placed, self.settings = placed, job.scoring
+        self.anatomy: Anatomy = read_anatomy(loaded.model, include=job.include, exclude=job.exclude)
+        self.turns: Turns | None = None
+        if placed.turns is not None:
+            assert judge is not None
+            self.turns = Turns(loaded.model, judge.model, placed.turns)  # type: ignore[attr-defined]
+            self.turns.to("model")
+        self.prompts, self.cut = prompts, 0
+        self.answers: Answers = []
+        self.items: list[Item] = []
+        self.values: list[list[float | None]] | None = None
+        self.stream: GradientStream | None = None
+        self.equal_tokenizers: bool | None = None
+        self.plan: list[int] = []
+        self.stability: dict[str, Any] | None = None
+        self._read_items()
 
-def answers_from_file(loaded: LoadedModel, prompts: Sequence[Prompt], source: str) -> list[Answer]:
-    """Answers made elsewhere: by their `prompt` column where there is one, else in the prompts' order."""
-    rows = read_rows(source)
-    column = next((name for name in ("answer", "completion", "response", "output") if rows and name in rows[0]), None)
-    if column is None:
-        found = ", ".join(rows[0]) if rows else "none"
-        raise SafecritError(
-            f"{source}: no known answer column. Found: {found}. Known: answer, completion, response, output."
-        )
-    if rows and "prompt" in rows[0]:
-        by_text: dict[str, list[str]] = {}
-        for row in reversed(rows):
-            by_text.setdefault(str(row["prompt"]).strip(), []).append(str(row[column] or ""))
-        missing = [prompt for prompt in prompts if prompt.text.strip() not in by_text]
-        if missing:
-            raise SafecritError(
-                f"{source}: has no answer to {len(missing)} prompts, the first in row {missing[0].row + 1}."
-            )
-        waiting = [by_text[prompt.text.strip()] for prompt in prompts]
-        texts = [found.pop() if len(found) > 1 else found[0] for found in waiting]
-    elif len(rows) < len(prompts):
-        raise SafecritError(f"{source}: holds {len(rows)} answers for {len(prompts)} prompts. Use --limit {len(rows)}.")
-    else:
-        texts = [str(row[column] or "") for row in rows[: len(prompts)]]
-    return answers_from_texts(loaded.tokenizer, texts)
-
-
-def _items(loaded: LoadedModel, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> tuple[list[Item], int]:
-    window, cut, items = context_window(loaded.model), 0, []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = encode_prompt(loaded.tokenizer, list(prompt.messages))
-        own = answer.ids
-        if window is not None and len(ids) + len(own) > window:
-            if len(ids) >= window:
+    def _read_items(self) -> None:
+        job, chat = self.job, self.job.generation.chat
+        if self.settings.method == "magnitude":
+            return
+        if self.settings.objective == "answer-nll":
+            assert job.data is not None
+            self.prompts, self.answers, self.items, self.cut = data_items(self.loaded, job.data, job.limit, chat)
+            return
+        self.answers = answer_prompts(self.loaded, self.prompts, job, self.folder, self.report)
+        write_samples(self.folder, self.prompts, self.answers, {}, {})
+        weights = None
+        if job.sampled:
+            self.values = self._verdicts()
+            weights = advantages(self.values)
+        closed = job.sampled or self.settings.objective == "refusal-nll"
+        self.items, self.cut = items_of(self.loaded, self.prompts, self.answers, chat, weights, closed)
+        if weights is not None:
+            if not self.items:
                 raise SafecritError(
-                    f"prompt in row {prompt.row + 1}: {len(ids)} tokens, the model's window is {window}."
+                    "the judge says the same of every sampled answer to a prompt, so nothing can be differentiated. "
+                    "Use more --samples, other prompts or another judge."
                 )
-            own, cut = own[: window - len(ids)], cut + 1
-        shown = prompt.conversation
-        items.append(Item(prompt_ids=tuple(ids), answer_ids=tuple(own), prompt=shown, hash=prompt.hash, row=prompt.row))
-    return items, cut
+            scale = len(self.items) / len(self.prompts)  # the mean over items is a mean over prompts then
+            self.items = [replace(item, weight=item.weight * scale) for item in self.items]
 
-
-def _write_samples(
-    folder: Path, prompts: Sequence[Prompt], answers: Sequence[Answer], state: ScoreState | None
-) -> None:
-    dropped = {entry["row"]: entry["reason"] for entry in state.dropped} if state else {}
-    lines = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        line: dict[str, Any] = {"row": prompt.row, "hash": prompt.hash, "prompt": prompt.text, "answer": answer.text}
-        line |= {"ids": answer.ids, "finished": answer.finished}
-        if state is not None:
-            line |= state.values.get(str(prompt.row), {})
-            line |= {"dropped": dropped[prompt.row]} if prompt.row in dropped else {}
-        lines.append(json.dumps(line, ensure_ascii=False))
-    write_text(folder / SAMPLES, "\n".join(lines) + "\n")
-
-
-def _key(*parts: Any) -> str:
-    """What says whether an interrupted run's work belongs to this one: a hash of JSON values."""
-    return hashlib.sha256(canonical_json(list(parts)).encode()).hexdigest()
-
-
-def _content(file: str | None) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else str(file)
-
-
-def _read_samples(folder: Path) -> list[Answer]:
-    """The answers of an interrupted run."""
-    rows = [json.loads(line) for line in (folder / SAMPLES).read_text(encoding="utf-8").split("\n") if line]
-    return [Answer(text=row["answer"], ids=tuple(row["ids"]), finished=row["finished"]) for row in rows]
-
-
-def _info(
-    loaded: LoadedModel,
-    judge: GuardJudge,
-    prompts: Sequence[Prompt],
-    answers: Sequence[Answer],
-    job: ScoreJob,
-    scorer: Scorer,
-    means: Mapping[str, torch.Tensor],
-    anatomy: Anatomy,
-    cut: int,
-) -> dict[str, Any]:
-    state, settings = scorer.state, job.scoring
-    values = [entry["log_odds"] for entry in state.values.values()]
-    mean = sum(values) / len(values)
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
-    unfinished = sum(not answer.finished for answer in answers)
-    warnings = []
-    if len(values) > 1 and spread < 1e-4 * max(1.0, abs(mean)):
-        warnings.append("the judge says the same for every answer: these scores mean nothing; use another judge")
-    if job.answers is None and unfinished:
-        warnings.append(
-            f"{unfinished} of {len(answers)} answers were cut at --max-new-tokens {job.generation.max_new_tokens}"
-        )
-    if cut:
-        warnings.append(f"{cut} answers were cut at the model's window")
-    flat = [
-        f"{name} ({matrix.component})"
-        for name, sigmas in scorer.stream.sigma.items()
-        for matrix, sigma in zip(anatomy.tensors[name].layout.matrices, sigmas.tolist(), strict=True)
-        if sigma == 0
-    ]
-    if flat:
-        warnings.append(f"{len(flat)} matrices have no spread and score 0, the first {flat[0]}")
-    relaxation = settings.relaxation
-    return {
-        "model": {"id": loaded.id, "revision": loaded.revision, "fingerprint": _fingerprint(loaded)},
-        "judge": describe_judge(judge),
-        "method": settings.method,
-        "reduction": settings.reduction,
-        "objective": judge.settings.objective,
-        "relaxation": relaxation.kind,
-        "tau": relaxation.tau,
-        "draws": relaxation.effective_draws,
-        "seed": relaxation.seed,
-        "prompts": {
-            "source": Path(job.prompts).name,
-            "used": state.used,
-            "dropped": state.dropped,
-            "hashes": [prompt.hash for prompt in prompts],
-        },
-        "judged": {
-            "mean": mean,
-            "std": spread,
-            "min": min(values),
-            "max": max(values),
-            "safe": sum(value > 0 for value in values),
-        },
-        "answers": {"unfinished": unfinished, "tokens": sum(len(answer.ids) for answer in answers)},
-        "batch_plan": [len(batch) for batch in scorer.plan],
-        "equal_tokenizers": scorer.bridge.equal,
-        "total": anatomy.total,
-        "matrices": _matrix_table(anatomy, scorer, means),
-        "warnings": warnings,
-    }
-
-
-def _fingerprint(loaded: LoadedModel) -> str:
-    return fingerprint(loaded.folder) if loaded.folder != NO_FOLDER else ""
-
-
-def _matrix_table(anatomy: Anatomy, scorer: Scorer, means: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
-    table = []
-    for entry in anatomy.eligible:
-        for matrix, sigma in zip(entry.layout.matrices, scorer.stream.sigma[entry.name].tolist(), strict=True):
-            score = matrix.where.of(means[entry.name]).abs()
-            table.append(
-                {
-                    "name": entry.name,
-                    "component": matrix.component,
-                    "layer": matrix.layer,
-                    "expert": matrix.expert,
-                    "numel": score.numel(),
-                    "sigma": sigma,
-                    "mean_abs": float(score.double().mean()),
-                    "max_abs": float(score.max()),
-                    "nonzero": int((score > 0).sum()),
-                }
+    def _verdicts(self) -> list[list[float | None]]:
+        assert self.judge is not None
+        pairs = [
+            (prompt.conversation, answer.text)
+            for prompt, own in zip(self.prompts, self.answers, strict=True)
+            for answer in own
+        ]
+        kept = self.folder / VERDICTS
+        key = hash_of(self.judge.describe(), pairs)
+        if kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8")))["key"] == key:
+            values = found["values"]
+        else:
+            values = [verdict_value(verdict) for verdict in self.judge.judge(pairs)]
+            with atomic(kept) as temporary:
+                temporary.write_text(json.dumps({"key": key, "values": values}), encoding="utf-8")
+        failed = sum(value is None for value in values)
+        if failed > self.settings.max_dropped * len(values):
+            raise SafecritError(
+                f"the judge could not judge {failed} of {len(values)} answers, more than "
+                f"{self.settings.max_dropped:.0%}. Look at the answers in samples.jsonl, or use another judge."
             )
-    return table
+        rest = iter(values)
+        return [[next(rest) for _ in own] for own in self.answers]
+
+    def scores(self) -> tuple[Mapping[str, torch.Tensor], ScoreState]:
+        """The mean score of every eligible tensor, by checkpoint name, and what happened on the way."""
+        if self.settings.method == "magnitude":
+            return dict(magnitude(self.loaded.model, self.anatomy)), ScoreState()
+        if self.settings.method == "wanda":
+            return self._wanda()
+        self.stream = GradientStream(
+            self.loaded.model,
+            self.anatomy,
+            scaled=self.settings.method == "esi" and self.settings.reduction != "square",
+            reduction="square" if self.settings.method == "fisher" else self.settings.reduction,
+            place=self.placed.accumulate_on,
+            folder=self.folder,
+            device=self.placed.turns,
+        )
+        relaxation = self.settings.relaxation
+        if not self.settings.stability:
+            scorer = self._pass("all", self.items, relaxation)
+            return scorer.scores(self.settings.method), scorer.state
+        order = sorted(self.items, key=lambda item: (item.row, item.sample))
+        rows = sorted({item.row for item in order})
+        first = {row for place, row in enumerate(rows) if place % 2 == 0}
+        halves = [
+            self._stored("half-1", [item for item in order if item.row in first], relaxation),
+            self._stored("half-2", [item for item in order if item.row not in first], relaxation),
+        ]
+        whole = _Merged(*halves)
+        report = {"halves": agreement(halves[0][0], halves[1][0], total=self.anatomy.total)}
+        if relaxation.kind != "softmax" and self.job.judged and not self.job.sampled:
+            other = self._stored("seed", self.items, replace(relaxation, seed=relaxation.seed + 1))
+            report["seeds"] = agreement(whole, other[0], total=self.anatomy.total)
+        self.stability = report
+        return whole, whole.state
+
+    def _estimator(self, relaxation: RelaxationSettings) -> Estimator:
+        if self.settings.objective in LIKELIHOODS or self.job.sampled:
+            return LikelihoodEstimator()
+        assert self.judge is not None
+        judge: DifferentiableJudge = self.judge  # type: ignore[assignment]
+        estimator = RelaxedEstimator(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            judge,
+            relaxation,
+            self.settings.judge_batch_size,
+            self.placed.checkpoint,
+        )
+        self.equal_tokenizers = estimator.equal
+        return estimator
+
+    def _pass(self, name: str, items: Sequence[Item], relaxation: RelaxationSettings) -> Scorer:
+        """Sums over `items`, resumed where a killed run saved them."""
+        assert self.stream is not None
+        scorer = Scorer(
+            self.loaded.model,
+            self._estimator(relaxation),
+            self.stream,
+            items,
+            batch_size=self.settings.batch_size,
+            max_dropped=self.settings.max_dropped,
+            checkpoint=self.placed.checkpoint,
+            turns=self.turns,
+        )
+        self.plan = [len(batch) for batch in scorer.plan]
+        key = self._key(items, relaxation)
+        file = self.folder / PARTIAL.format(name)
+
+        def save(state: ScoreState, accumulators: Mapping[str, torch.Tensor]) -> None:
+            _save_state(file, key, state, accumulators)
+
+        def restore(accumulators: dict[str, torch.Tensor]) -> ScoreState | None:
+            found = _load_state(file, key)
+            if found is None:
+                return None
+            for tensor_name, tensor in found[0].items():
+                accumulators[tensor_name].copy_(tensor)
+            return found[1]
+
+        what = "scoring" if name == "all" else f"scoring {name}"
+        with self.report(what, "answers" if self.job.sampled else "prompts") as progress:
+            scorer.run(save, restore, self.job.save_every, progress)
+        return scorer
+
+    def _key(self, items: Sequence[Item], relaxation: RelaxationSettings) -> str:
+        """Of all that decides the sums, but for where they are made."""
+        settings = asdict(self.settings) | {"relaxation": asdict(relaxation)}
+        for without in ("stability", "accumulate_on", "checkpoint", "placement"):
+            del settings[without]
+        judged_by = self.judge.describe() if self.judge is not None else None
+        return hash_of(fingerprint_of(self.loaded), judged_by, settings, [asdict(item) for item in items])
+
+    def _stored(
+        self, name: str, items: Sequence[Item], relaxation: RelaxationSettings
+    ) -> tuple[Mapping[str, torch.Tensor], ScoreState]:
+        """Means over `items`, in a file of their own; a pass that an earlier run finished is not made again."""
+        file = self.folder / PARTIAL.format(f"{name}-done")
+        key = self._key(items, relaxation)
+        if _load_state(file, key) is None:
+            scorer = self._pass(name, items, relaxation)
+            _save_state(file, key, scorer.state, scorer.scores(self.settings.method))
+        found = _load_state(file, key)
+        assert found is not None
+        return found
+
+    def _wanda(self) -> tuple[Mapping[str, torch.Tensor], ScoreState]:
+        state = ScoreState(used=len(self.items))
+        items = sorted(self.items, key=lambda item: (-item.tokens, item.row))
+        with torch.no_grad(), InputNorms(self.loaded.model, self.anatomy) as norms:
+            for start in range(0, len(items), self.settings.batch_size):
+                batch = items[start : start + self.settings.batch_size]
+                longest = batch[0].tokens
+                tokens = torch.zeros((len(batch), longest), dtype=torch.long)
+                mask = torch.zeros((len(batch), longest), dtype=torch.bool)
+                for row, item in enumerate(batch):
+                    tokens[row, : item.tokens] = torch.tensor([*item.prompt_ids, *item.answer_ids])
+                    mask[row, : item.tokens] = True
+                device = self.loaded.model.device
+                norms.count(mask.to(device))
+                self.loaded.model(input_ids=tokens.to(device), attention_mask=mask.long().to(device), use_cache=False)
+        return dict(norms.scores()), state
+
+    def info(self, scores: Mapping[str, torch.Tensor], state: ScoreState) -> dict[str, Any]:
+        """The document score.json."""
+        sigma = self.stream.sigma if self.stream is not None else {}
+        return score_info(
+            self.loaded,
+            self.judge,
+            self.prompts,
+            self.answers,
+            self.job,
+            state,
+            scores,
+            self.anatomy,
+            sigma=sigma,
+            cut=self.cut,
+            values=self.values,
+            extra={
+                "batch_plan": self.plan,
+                "equal_tokenizers": self.equal_tokenizers,
+                "placement": self.placed.record(),
+                **({"stability": self.stability} if self.stability is not None else {}),
+            },
+        )
+
+    def clean(self) -> None:
+        """Remove what only an interrupted run needs."""
+        if self.stream is not None:
+            self.stream.close()
+        for file in (*self.folder.glob(PARTIAL.format("*")), *(self.folder / name for name in (KEY, KEPT, VERDICTS))):
+            file.unlink(missing_ok=True)
 
 
-def check_inputs(job: ScoreJob) -> None:
-    """Find the user's mistakes before an output folder is made: unreadable prompts, no such model or judge."""
-    read_prompts(job.prompts, job.limit)
-    if job.answers is not None:
-        read_rows(job.answers)
-    resolve_folder(job.model, revision=job.revision)
-    if job.judge.name == "refusal":
-        load_guard(job.judge)
-    resolve_folder(job.judge.name, revision=job.judge.revision)
+class _Merged(Mapping[str, torch.Tensor]):
+    """Mean scores of two halves as one, made tensor by tensor."""
+
+    def __init__(
+        self, a: tuple[Mapping[str, torch.Tensor], ScoreState], b: tuple[Mapping[str, torch.Tensor], ScoreState]
+    ) -> None:
+        self.a, self.b, used = a[0], b[0], a[1].used + b[1].used
+        self.shares = (a[1].used / used, b[1].used / used)
+        dropped, values = a[1].dropped + b[1].dropped, a[1].values | b[1].values
+        self.state = ScoreState(used=used, dropped=dropped, values=values)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.a[name] * self.shares[0] + self.b[name] * self.shares[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.a)
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+
+def _save_state(file: Path, key: str, state: ScoreState, tensors: Mapping[str, torch.Tensor]) -> None:
+    document = {"format": "safecrit-partial", "version": PARTIAL_VERSION, "key": key, "state": asdict(state)}
+    entries = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with atomic(file) as temporary, TensorWriter(temporary, entries, document) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def _load_state(file: Path, key: str) -> tuple[dict[str, torch.Tensor], ScoreState] | None:
+    """What a killed run saved, as views of its file; None where there is none, or of other inputs at the same paths."""
+    if not file.is_file():
+        return None
+    try:
+        stored, document = read_document(file, "safecrit-partial", PARTIAL_VERSION)
+    except FormatError:
+        return None  # of another version
+    if document.get("key") != key:
+        return None
+    mapped = MappedFiles()
+    return {name: mapped.tensor(entry) for name, entry in stored.items()}, ScoreState(**document["state"])

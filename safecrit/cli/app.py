@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from safecrit.cli.apply import apply
+from safecrit.cli.compare import compare
 from safecrit.cli.demo import demo
 from safecrit.cli.doctor import doctor
 from safecrit.cli.evaluate import evaluate
@@ -33,6 +34,7 @@ EXAMPLES = {
         f"safecrit mask {D}/scores/base --random 1% --seed 1 -o random.safetensors",
     ),
     "inspect": (f"safecrit inspect {D}/masks/base_top.safetensors", f"safecrit inspect {D}/scores/base"),
+    "compare": (f"safecrit compare {D}/masks/base_top.safetensors {D}/masks/base_random.safetensors",),
     "set": (
         f"safecrit set {D}/models/base --mask {D}/masks/base_top.safetensors --data {D}/data/refusals.jsonl \\",
         f"  --retain {D}/data/retain.jsonl --retain-share 0.75 --lr 3e-3 --batch-size 16 -o my-safer",
@@ -72,6 +74,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "score": score,
     "mask": mask,
     "inspect": inspect,
+    "compare": compare,
     "set": set_,
     "spa": spa,
     "apply": apply,

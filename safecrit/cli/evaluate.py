@@ -47,8 +47,8 @@ def evaluate(
     batch_size: o.BatchSize = "auto",
     max_asr: MaxAsr = None,
     max_over_refusal: MaxOver = None,
-    safe_word: o.SafeWord = "safe",
-    unsafe_word: o.UnsafeWord = "unsafe",
+    safe_word: o.SafeWord = None,
+    unsafe_word: o.UnsafeWord = None,
     verdict_prefix: o.VerdictPrefix = "",
     revision: o.Revision = None,
     device: o.Device = "auto",
@@ -73,7 +73,8 @@ def evaluate(
     from safecrit.results import EvalSettings, check, results_json, write_evaluation
 
     sink = Sink(as_json=as_json, quiet=quiet)
-    guard = GuardSettings(verdict_prefix=verdict_prefix, safe_word=safe_word, unsafe_word=unsafe_word)
+    safe, unsafe = o.words(safe_word, "safe"), o.words(unsafe_word, "unsafe")
+    guard = GuardSettings(verdict_prefix=verdict_prefix, safe_words=safe, unsafe_words=unsafe)
     job = EvalJob(
         models=tuple(model),
         judge=JudgeChoice(name=judge, device=device, guard=guard, trust_remote_code=trust_remote_code),

@@ -137,11 +137,11 @@ def _score(
     sink: Sink,
 ) -> Scores:
     from safecrit.api.judging import JudgeChoice
-    from safecrit.api.score import ScoreJob, check_inputs, run_score
+    from safecrit.api.score import run_score
+    from safecrit.api.scorejob import ScoreJob, ScoreSettings, check_inputs
     from safecrit.errors import SafecritError
     from safecrit.generation import GenerationSettings
     from safecrit.relaxation import RelaxationSettings
-    from safecrit.scoring import ScoreSettings
 
     if judge is None or prompts is None:
         raise SafecritError("scoring a model needs both --judge and --prompts; a score folder needs neither.")

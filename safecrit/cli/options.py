@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from safecrit.chat import ChatSettings
 
 TRANSIENT = {"output", "overwrite", "config", "as_json", "quiet", "debug"}
 
@@ -75,9 +78,26 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 AllowOtherWeights = Annotated[
     bool, typer.Option("--allow-other-weights", help="Accept a mask made from other weights of the same shape.")
 ]
-SafeWord = Annotated[str, typer.Option("--safe-word", help="The judge's word for a safe answer.")]
-UnsafeWord = Annotated[str, typer.Option("--unsafe-word", help="The judge's word for an unsafe answer.")]
+SafeWord = Annotated[
+    list[str] | None,
+    typer.Option("--safe-word", help="Judge's word for a safe answer; repeatable. [default: safe]"),
+]
+UnsafeWord = Annotated[
+    list[str] | None,
+    typer.Option("--unsafe-word", help="The judge's word for an unsafe answer; repeatable. [default: unsafe]"),
+]
 VerdictPrefix = Annotated[str, typer.Option("--verdict-prefix", help="Text the judge writes before its verdict.")]
+SystemPrompt = Annotated[
+    str | None, typer.Option("--system-prompt", metavar="TEXT", help="System turn for prompts that bring none.")
+]
+TemplateKwargs = Annotated[
+    str | None,
+    typer.Option("--chat-template-kwargs", metavar="JSON", help="For the model's chat template, as a JSON object."),
+]
+ThinkEnd = Annotated[
+    str | None,
+    typer.Option("--think-end-token", metavar="TEXT", help="Ends a thought; what follows it is the answer judged."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -92,3 +112,29 @@ def batch_size(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise SafecritError(f"--batch-size {text}: give a positive number or auto.")
     return int(text)
+
+
+def words(given: list[str] | None, default: str) -> tuple[str, ...]:
+    """The verdict words of one side."""
+    return tuple(given) if given else (default,)
+
+
+def chat_settings(settings: dict[str, Any]) -> ChatSettings:
+    """How the model's turns are shown, from `--system-prompt` and its neighbours."""
+    import json
+
+    from safecrit.chat import ChatSettings
+    from safecrit.errors import SafecritError
+
+    text = settings["chat_template_kwargs"]
+    try:
+        kwargs = json.loads(text) if text else {}
+    except json.JSONDecodeError as error:
+        raise SafecritError(f"--chat-template-kwargs: is no JSON ({error.msg} at {error.pos}).") from error
+    if not isinstance(kwargs, dict):
+        raise SafecritError("--chat-template-kwargs: give a JSON object, such as '{\"enable_thinking\": false}'.")
+    return ChatSettings(
+        system_prompt=settings["system_prompt"],
+        template_kwargs=kwargs,
+        think_end_token=settings["think_end_token"],
+    )

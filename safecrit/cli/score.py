@@ -11,9 +11,21 @@ from safecrit.cli import options as o
 from safecrit.cli.sink import Sink
 
 if TYPE_CHECKING:
-    from safecrit.api.score import ScoreJob
+    from safecrit.api.scorejob import ScoreJob
     from safecrit.scorefile import Scores
 
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        "--judge",
+        metavar="JUDGE",
+        help="A guard's or classifier's folder or Hub id, or a preset; with score-function also refusal, labels:FILE, "
+        "openai:NAME.",
+    ),
+]
+Prompts = Annotated[
+    str | None, typer.Option("--prompts", metavar="FILE", help="Harmful prompts: CSV, JSON, JSONL or a Hub id.")
+]
 Answers = Annotated[
     str | None, typer.Option("--answers", metavar="FILE", help="Answers made elsewhere, instead of generating them.")
 ]
@@ -21,12 +33,60 @@ JudgeDtype = Annotated[str, typer.Option("--judge-dtype", help="As --dtype, for 
 JudgeDevice = Annotated[str, typer.Option("--judge-device", help="As --device, for the judge.")]
 JudgeBatch = Annotated[int, typer.Option("--judge-batch-size", min=1, help="Conversations at once before the judge.")]
 Objective = Annotated[
-    Literal["log-odds", "prob", "logit"],
-    typer.Option("--objective", help="What is differentiated: log p(safe)/p(unsafe), p(safe), or log p(safe)."),
+    Literal["log-odds", "prob", "logit", "refusal-nll", "answer-nll"],
+    typer.Option(
+        "--objective",
+        help="What is differentiated: log p(safe)/p(unsafe), p(safe), log p(safe); or, without a judge, log p of a "
+        "refusal or of the answers in --data.",
+    ),
 ]
 Method = Annotated[
-    Literal["esi", "gradient"],
-    typer.Option("--method", help="esi: std of the matrix x gradient; gradient: without std."),
+    Literal["esi", "gradient", "snip", "fisher", "wanda", "magnitude"],
+    typer.Option(
+        "--method",
+        help="esi: std of the matrix x gradient; gradient: without std; snip: weight x gradient; fisher: mean square; "
+        "wanda: |weight| x input norm; magnitude: |weight|.",
+    ),
+]
+Estimator = Annotated[
+    Literal["relaxed", "score-function"],
+    typer.Option("--estimator", help="relaxed: through the judge; score-function: sampled answers and any verdict."),
+]
+Samples = Annotated[int, typer.Option("--samples", min=2, help="Sampled answers a prompt, for score-function.")]
+Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Prompts with answers, for answer-nll.")]
+Refusal = Annotated[str, typer.Option("--refusal", metavar="TEXT", help="The refusal of refusal-nll.")]
+JudgeFormat = Annotated[
+    str | None,
+    typer.Option("--judge-format", metavar="PRESET", help="Ask the judge as this preset does, whatever its name."),
+]
+JudgeTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--judge-template", metavar="TEXT", help="A text or file with {prompt} and {answer}: what the judge reads."
+    ),
+]
+JudgeUrl = Annotated[
+    str | None, typer.Option("--judge-base-url", metavar="URL", help="Server of an openai:NAME judge.")
+]
+Controversial = Annotated[
+    Literal["safe", "unsafe"], typer.Option("--controversial", help="The side of a judge's third verdict.")
+]
+Placement = Annotated[
+    str, typer.Option("--judge-placement", help="auto, together, sequential (by turns), or the judge's device.")
+]
+AccumulateOn = Annotated[
+    Literal["auto", "device", "host", "disk"], typer.Option("--accumulate-on", help="Where float32 sums lie.")
+]
+Checkpoint = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option("--checkpoint-activations", help="Keep only the layers' inputs of the activations."),
+]
+Stability = Annotated[
+    bool, typer.Option("--stability", help="Also compare halves of the prompts and two noise seeds (twice the time).")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would need, from config.json alone, and stop.")]
+GpuMemory = Annotated[
+    str | None, typer.Option("--gpu-memory", metavar="SIZE", help="With --dry-run: of a GPU, such as 24GiB.")
 ]
 Reduction = Annotated[
     Literal["signed", "abs", "square"],
@@ -56,8 +116,8 @@ SaveEvery = Annotated[int, typer.Option("--save-every", min=1, help="Save the st
 def score(
     context: typer.Context,
     model: o.ModelArgument,
-    judge: o.Judge,
-    prompts: o.Prompts,
+    judge: Judge = None,
+    prompts: Prompts = None,
     output: o.OutputFolder = None,
     answers: Answers = None,
     limit: o.Limit = None,
@@ -70,9 +130,24 @@ def score(
     tau: Tau = 0.3,
     draws: Draws = 8,
     objective: Objective = "log-odds",
-    safe_word: o.SafeWord = "safe",
-    unsafe_word: o.UnsafeWord = "unsafe",
+    estimator: Estimator = "relaxed",
+    samples: Samples = 8,
+    data: Data = None,
+    refusal: Refusal = "I'm sorry, but I can't help with that.",
+    judge_format: JudgeFormat = None,
+    judge_template: JudgeTemplate = None,
+    judge_base_url: JudgeUrl = None,
+    safe_word: o.SafeWord = None,
+    unsafe_word: o.UnsafeWord = None,
     verdict_prefix: o.VerdictPrefix = "",
+    controversial: Controversial = "unsafe",
+    judge_placement: Placement = "auto",
+    accumulate_on: AccumulateOn = "auto",
+    checkpoint_activations: Checkpoint = "auto",
+    stability: Stability = False,
+    system_prompt: o.SystemPrompt = None,
+    chat_template_kwargs: o.TemplateKwargs = None,
+    think_end_token: o.ThinkEnd = None,
     include: Include = None,
     exclude: Exclude = None,
     score_dtype: ScoreDtype = "float32",
@@ -84,6 +159,8 @@ def score(
     judge_device: JudgeDevice = "auto",
     judge_dtype: JudgeDtype = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
+    dry_run: DryRun = False,
+    gpu_memory: GpuMemory = None,
     overwrite: o.Overwrite = False,
     config: o.Config = None,
     as_json: o.Json = False,
@@ -99,60 +176,87 @@ def score(
 
     sink = Sink(as_json=as_json, quiet=quiet)
     settings = o.resolved(context)
+    for transient in ("dry_run", "gpu_memory"):
+        del settings[transient]
+    if dry_run:
+        _dry_run(settings, gpu_memory, output or default_output("score", model), sink)
+        return
     run(settings, output or default_output("score", model), overwrite, sink)
 
 
 def job_of(settings: dict[str, Any]) -> ScoreJob:
     """The job that the flags describe."""
     from safecrit.api.judging import JudgeChoice
-    from safecrit.api.score import ScoreJob
+    from safecrit.api.scorejob import ScoreJob, ScoreSettings
     from safecrit.generation import GenerationSettings
+    from safecrit.judges.conversation import read_template
     from safecrit.judges.guard import GuardSettings
     from safecrit.relaxation import RelaxationSettings
-    from safecrit.scoring import ScoreSettings
 
     s, batch = settings, o.batch_size(settings["batch_size"])
+    differentiated = s["objective"] if s["objective"] in ("log-odds", "prob", "logit") else "log-odds"
     guard = GuardSettings(
+        template=read_template(s["judge_template"]) if s["judge_template"] is not None else None,
         verdict_prefix=s["verdict_prefix"],
-        safe_word=s["safe_word"],
-        unsafe_word=s["unsafe_word"],
-        objective=s["objective"],
+        safe_words=o.words(s["safe_word"], "safe"),
+        unsafe_words=o.words(s["unsafe_word"], "unsafe"),
+        objective=differentiated,  # type: ignore[arg-type]
     )
-    relaxation = RelaxationSettings(kind=s["relaxation"], tau=s["tau"], draws=s["draws"], seed=s["seed"])
-    return ScoreJob(
-        model=s["model"],
-        judge=JudgeChoice(
+    judge = None
+    if s["judge"] is not None:
+        judge = JudgeChoice(
             name=s["judge"],
+            preset=s["judge_format"],
             device=s["judge_device"],
             dtype=s["judge_dtype"],
             guard=guard,
+            base_url=s["judge_base_url"],
+            controversial=s["controversial"],
             trust_remote_code=s["trust_remote_code"],
+        )
+    plain = ("model", "prompts", "answers", "data", "refusal", "samples", "limit", "revision", "device", "dtype")
+    more = ("trust_remote_code", "include", "exclude", "score_dtype", "save_every")
+    return ScoreJob(
+        judge=judge,
+        generation=GenerationSettings(
+            max_new_tokens=s["max_new_tokens"], batch_size=batch, seed=s["seed"], chat=o.chat_settings(s)
         ),
-        prompts=s["prompts"],
-        answers=s["answers"],
-        limit=s["limit"],
-        revision=s["revision"],
-        device=s["device"],
-        dtype=s["dtype"],
-        trust_remote_code=s["trust_remote_code"],
-        include=s["include"],
-        exclude=s["exclude"],
-        score_dtype=s["score_dtype"],
-        save_every=s["save_every"],
-        generation=GenerationSettings(max_new_tokens=s["max_new_tokens"], batch_size=batch),
         scoring=ScoreSettings(
             method=s["method"],
+            objective=s["objective"],
+            estimator=s["estimator"],
             reduction=s["reduction"],
-            relaxation=relaxation,
+            relaxation=RelaxationSettings(kind=s["relaxation"], tau=s["tau"], draws=s["draws"], seed=s["seed"]),
             batch_size=batch,
             judge_batch_size=s["judge_batch_size"],
+            placement=s["judge_placement"],
+            accumulate_on=s["accumulate_on"],
+            checkpoint=s["checkpoint_activations"],
+            stability=s["stability"],
         ),
+        **{name: s[name] for name in (*plain, *more)},
     )
+
+
+def _dry_run(settings: dict[str, Any], gpu_memory: str | None, output: Path, sink: Sink) -> None:
+    from dataclasses import asdict
+
+    from safecrit.api.dryrun import dry_run, lines
+    from safecrit.api.scorejob import check_settings
+    from safecrit.api.survey import DryJob
+
+    job = job_of(settings)
+    check_settings(job)
+    found = dry_run(DryJob.of(job), gpu_memory=gpu_memory, output=output)
+    for line in lines(found):
+        sink.line(line)
+    sink.result(asdict(found))
 
 
 def run(settings: dict[str, Any], output: Path, overwrite: bool, sink: Sink) -> Scores:
     """Run the job into `output` and print what came out."""
-    from safecrit.api.score import check_inputs, run_score
+    from safecrit.api.score import run_score
+    from safecrit.api.scorejob import check_inputs
     from safecrit.outputs import open_output
 
     job = job_of(settings)
@@ -167,10 +271,19 @@ def run(settings: dict[str, Any], output: Path, overwrite: bool, sink: Sink) -> 
         sink.warn(warning)
     used, dropped, judged = info["prompts"]["used"], len(info["prompts"]["dropped"]), info["judged"]
     sink.line(f"Scored {scores.eligible:,} of {scores.total:,} weights with {used} prompts ({dropped} dropped).")
-    sink.line(
-        f"Judge: {judged['safe']} of {used} answers safe, log-odds {judged['mean']:+.2f} +- {judged['std']:.2f} "
-        f"({judged['min']:+.2f} to {judged['max']:+.2f})."
-    )
+    if judged is not None:
+        name = "Judge" if info["judge"] is not None else "Likelihood"
+        number = "log-odds" if info["judge"] is not None and info["estimator"] == "relaxed" else "value"
+        counted = f"{judged['safe']} of {judged['count']} answers safe, " if info["judge"] is not None else ""
+        sink.line(
+            f"{name}: {counted}{number} {judged['mean']:+.2f} +- {judged['std']:.2f} "
+            f"({judged['min']:+.2f} to {judged['max']:+.2f})."
+        )
+    for kind, found in (info.get("stability") or {}).items():
+        shares = ", ".join(
+            f"{100 * row['share']:g} %: IoU {row['iou']:.2f} (chance {row['chance']:.3f})" for row in found["shares"]
+        )
+        sink.line(f"Stability, {kind}: {shares}; rank correlation {found['spearman']['value']:.2f}.")
     sink.line(f"Scores: {folder.path}")
     sink.line(f"Next: safecrit mask {folder.path} --top 1% -o mask.safetensors")
     sink.result(

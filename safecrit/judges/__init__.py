@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from safecrit.bridge import Vocabulary
+    from safecrit.judges.conversation import JudgeInput, JudgeSettings
+    from safecrit.models import LoadedModel
 
 Label = Literal["safe", "unsafe", "error"]
 
@@ -31,4 +39,42 @@ class Judge(Protocol):
 
     def judge(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         """One verdict a pair, in order."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the judge was, for the record, as plain JSON values: `id`, `kind` and how it was asked."""
+        ...
+
+
+class DifferentiableJudge(Judge, Protocol):
+    """A judge whose verdict has a gradient to the embeddings of what it reads."""
+
+    loaded: LoadedModel
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
+
+    @property
+    def settings(self) -> JudgeSettings:
+        """How the judge is asked."""
+        ...
+
+    def read(self, prompt: str, answer: str, answer_ids: Sequence[int] | None = None) -> JudgeInput:
+        """One conversation in the judge's tokens."""
+        ...
+
+    def fits(self, entry: JudgeInput) -> bool:
+        """Whether it fits the judge's window."""
+        ...
+
+    def embed(self, entry: JudgeInput) -> torch.Tensor:
+        """Its input embeddings, [len(ids), d], without graph."""
+        ...
+
+    def verdicts(self, inputs: Sequence[JudgeInput], embeddings: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Log p of safe and of unsafe, float32 (or wider) [n, 2], with a graph to `embeddings`."""
+        ...
+
+    def objective(self, verdicts: torch.Tensor) -> torch.Tensor:
+        """s of each conversation, [n], from its verdicts."""
         ...

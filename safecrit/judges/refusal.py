@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from safecrit.errors import SafecritError
 from safecrit.judges import Verdict
@@ -68,6 +69,10 @@ class RefusalJudge:
     def judge(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         """One verdict for each (prompt, answer); `raw` holds the words that decided."""
         return [self._verdict(answer) for _, answer in pairs]
+
+    def describe(self) -> dict[str, Any]:
+        """What the judge was, for the record."""
+        return {"id": self.name, "kind": "phrases"}
 
     def _verdict(self, answer: str) -> Verdict:
         if not answer.strip():

@@ -1,0 +1,175 @@
+"""`safecrit score --dry-run`: what a run would take, on this machine or another, as plain data and as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safecrit.account import PHASES, Account, Place, Work, largest_batches
+from safecrit.api.survey import DryJob, settled, survey
+from safecrit.machine import Rates, probe
+from safecrit.metamodel import ModelShape
+from safecrit.progress import duration
+
+__all__ = ["DryJob", "DryRun", "dry_run", "lines", "settled"]
+PLACES: tuple[Place, ...] = ("device", "judge device", "host", "disk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """The outcome as plain data (`dataclasses.asdict` gives JSON); bytes, seconds, tokens.
+
+    settings: the plan with its automatic choices made. parts: name, bytes, place, phases. peaks: by place and
+    phase. available: by place; a judge on a device of its own has what the model's has. best: the largest
+    batch sizes that fit, None where none does. advice: what to lower, "" where all fits. work: name, flops,
+    bytes moved, seconds. `seconds` is None where the machine's rates are not known. first_prompt: as the model
+    reads it.
+    """
+
+    model: str
+    judge: str | None
+    weights: dict[str, int]
+    settings: dict[str, Any]
+    prompt_percentile_95: int
+    parts: list[dict[str, Any]]
+    peaks: dict[str, dict[str, int]]
+    available: dict[str, int]
+    fits: bool
+    best: dict[str, int] | None
+    advice: str
+    work: list[dict[str, Any]]
+    seconds: float | None
+    first_prompt: str
+
+
+def dry_run(job: DryJob, *, gpu_memory: str | None = None, output: Path = Path(), rates: Rates | None = None) -> DryRun:
+    """The account of a score job. Nothing is loaded but configurations and tokenizers.
+
+    gpu_memory: of a GPU that is not here, such as 24GiB; its time is known only with `rates`. output: the folder
+    whose disk is looked at. Raises SafecritError as the job itself would for a missing model, judge or prompt
+    file, and for settings that are unknown.
+    """
+    found = survey(job, gpu_memory=gpu_memory, output=output)
+    model, judge, plan, account = found.model, found.judge, found.account.plan, found.account
+    best, available, counts = found.best, found.available, found.prompt_tokens
+    if rates is None and gpu_memory is None:
+        rates = probe(found.device, {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[plan.itemsize])
+    spent = [_seconds(w, rates) for w in account.work] if rates is not None else None
+    work = [
+        {"name": w.name, "flops": w.flops + w.flops32, "moved": w.moved + w.linked, "seconds": spent and spent[n]}
+        for n, w in enumerate(account.work)
+    ]
+    return DryRun(
+        model=job.model,
+        judge=job.judge.name if job.judge is not None else None,
+        weights={
+            "model": model.parameters,
+            "eligible": model.eligible,
+            "judge": judge.parameters if judge is not None else 0,
+        },
+        settings=asdict(account.plan),
+        prompt_percentile_95=counts[min(len(counts) - 1, int(0.95 * len(counts)))],
+        parts=[asdict(part) for part in account.parts],
+        peaks={place: {phase: account.in_phase(place, phase) for phase in PHASES} for place in PLACES},
+        available=available,
+        fits=_fits(account, available),
+        best={"batch_size": best.plan.batch_size, "judge_batch_size": best.plan.judge_batch_size} if best else None,
+        advice=_advice(model, judge, account, best, available),
+        work=work,
+        seconds=sum(spent) if spent is not None else None,
+        first_prompt=found.first_prompt,
+    )
+
+
+def lines(found: DryRun) -> list[str]:
+    """The outcome as lines of text: parts, peaks, verdict, disk, work, and the first prompt last."""
+    s = found.settings
+    rows = [("part", "GiB", "place", "phases")]
+    for part in sorted(found.parts, key=lambda part: PLACES.index(part["place"])):
+        phases = "all" if len(part["phases"]) == len(PHASES) else ", ".join(part["phases"])
+        rows.append((part["name"], _gib(part["bytes"]), part["place"], "" if part["place"] == "disk" else phases))
+    out = [
+        f"Model {found.model}: {found.weights['model']:,} weights, {found.weights['eligible']:,} of them to be scored. "
+        + (f"Judge {found.judge}: {found.weights['judge']:,}." if found.judge else "No judge."),
+        f"{s['prompts']} prompts of {s['mean_prompt_tokens']:.0f} tokens on average, 95 % up to "
+        f"{found.prompt_percentile_95}, longest {s['prompt_tokens']}; answers of up to {s['answer_tokens']}; "
+        f"{s['batch_size']} prompts and {s['judge_batch_size']} conversations at once.",
+        f"Placement {s['placement']}, accumulators on {'host' if s['cpu'] else s['accumulate_on']}, "
+        f"checkpointed layers {s['checkpointed']}.",
+        "",
+        *_table(rows),
+        "",
+    ]
+    peaks: list[tuple[str, ...]] = [("peak, GiB", *PHASES, "available")]
+    for place in PLACES[:3]:
+        if any(found.peaks[place].values()):
+            room = found.available["device" if place == "judge device" else place]
+            peaks.append((place, *(_gib(found.peaks[place][phase]) for phase in PHASES), _gib(room)))
+    disk = max(found.peaks["disk"].values())
+    out += [*_table(peaks), "", f"Disk: {_gib(disk)} GiB needed, {_gib(found.available['disk'])} GiB free."]
+    out += ["It fits." if found.fits else f"It does not fit. {found.advice}", ""]
+    work = [("work", "TFLOP", "GB moved", "time")]
+    for entry in found.work:
+        spent = "" if entry["seconds"] is None else duration(entry["seconds"])
+        work.append((entry["name"], f"{entry['flops'] / 1e12:,.1f}", f"{entry['moved'] / 1e9:,.1f}", spent))
+    out += _table(work)
+    if found.seconds is None:
+        out.append("Time: not known; the rates of a GPU that is not here cannot be measured.")
+    else:
+        out.append(
+            f"Time: about {duration(found.seconds)} at this machine's measured rates; answers as long as allowed."
+        )
+    return [*out, "", "The first prompt, as the model reads it:", found.first_prompt]
+
+
+def _fits(account: Account, available: dict[str, int]) -> bool:
+    return account.fits(available["device"], available["host"]) and account.peak("disk") <= available["disk"]
+
+
+def _advice(
+    model: ModelShape, judge: ModelShape | None, account: Account, best: Account | None, available: dict[str, int]
+) -> str:
+    """What to change so that it fits."""
+    if _fits(account, available):
+        return ""
+    if account.peak("disk") > available["disk"]:
+        return "Give an --output on a larger disk, or --score-dtype bfloat16."
+    if best is not None:
+        return f"Use --batch-size {best.plan.batch_size} --judge-batch-size {best.plan.judge_batch_size}."
+    if judge is not None and account.plan.placement == "together" and not account.plan.cpu:
+        turns = replace(account.plan, placement="sequential", accumulate_on="auto", checkpointed="auto")
+        found = largest_batches(model, judge, turns, available["device"], available["host"])
+        if found is not None:
+            return (
+                f"Use --judge-placement sequential --batch-size {found.plan.batch_size} "
+                f"--judge-batch-size {found.plan.judge_batch_size}."
+            )
+    if account.plan.itemsize > 2:
+        return "Not even one prompt at a time does. Use --dtype bfloat16 and --accumulate-on disk, or a smaller model."
+    return "Not even one prompt at a time does. Use --accumulate-on disk, a smaller judge or a larger device."
+
+
+def _seconds(work: Work, rates: Rates) -> float:
+    """Products and memory traffic of one kind of work overlap; copies over the link are taken not to."""
+    products = work.flops / rates.flops + work.flops32 / rates.flops32
+    return max(products, work.moved / rates.memory) + work.linked / rates.link
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of equal width, the first on the left, the rest on the right."""
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if not n else cell.rjust(width)
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]

@@ -1,0 +1,82 @@
+"""Where model, judge and accumulators go for a score job, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safecrit.errors import SafecritError
+from safecrit.gradients import Place
+from safecrit.models import pick_device
+
+if TYPE_CHECKING:
+    from safecrit.api.scorejob import ScoreJob
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """Where everything lies.
+
+    turns: the device that model and judge enter by turns (both wait on the host), or None.
+    """
+
+    model_device: str
+    judge_device: str
+    turns: torch.device | None = None
+    accumulate_on: Place = "device"
+    checkpoint: bool = False
+    reason: str = ""
+
+    @classmethod
+    def here(cls, job: ScoreJob) -> Placed:
+        """For models in memory: both stay where they are, `auto` is the simplest choice."""
+        s = job.scoring
+        place: Place = "device" if s.accumulate_on == "auto" else _accumulate(s.accumulate_on)
+        return cls(model_device="", judge_device="", accumulate_on=place, checkpoint=s.checkpoint == "on")
+
+    def record(self) -> dict[str, Any]:
+        """For score.json."""
+        return {
+            "judge": "sequential" if self.turns is not None else self.judge_device or "in memory",
+            "accumulate_on": self.accumulate_on,
+            "checkpointed": self.checkpoint,
+            "reason": self.reason,
+        }
+
+
+def place(job: ScoreJob) -> Placed:
+    """The job's placement; `auto` settings are decided by the account of what fits (`--dry-run` shows it)."""
+    s = job.scoring
+    device = pick_device(job.device)
+    judge_device = job.judge.device if job.judge is not None else "auto"
+    placement, accumulate, checkpoint, reason = s.placement, s.accumulate_on, s.checkpoint, "as asked for"
+    if job.judged and not job.sampled and "auto" in (placement, accumulate, checkpoint):
+        from safecrit.api.dryrun import settled
+
+        found = settled(job)
+        placement = found.placement if placement == "auto" else placement
+        accumulate, checkpoint = found.accumulate_on, found.checkpointed
+        reason = "the first that fits"
+    if placement == "sequential" and device.type == "cpu":
+        placement, reason = "together", "on a CPU model and judge share the host's memory in any case"
+    turns = device if placement == "sequential" and job.judged and not job.sampled else None
+    if placement not in ("auto", "together", "sequential", "separate"):
+        judge_device = str(pick_device(placement))
+    elif placement != "separate" and judge_device == "auto":
+        judge_device = str(device)
+    return Placed(
+        model_device="cpu" if turns is not None else str(device),
+        judge_device="cpu" if turns is not None else judge_device,
+        turns=turns,
+        accumulate_on="device" if accumulate == "auto" else _accumulate(accumulate),
+        checkpoint=checkpoint == "on",
+        reason=reason,
+    )
+
+
+def _accumulate(name: str) -> Place:
+    if name not in ("device", "host", "disk"):
+        raise SafecritError(f"--accumulate-on {name}: use auto, device, host or disk.")
+    return name  # type: ignore[return-value]
