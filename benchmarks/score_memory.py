@@ -131,6 +131,7 @@ def child(root: Path, mode: str) -> dict[str, Any]:
     import safecrit.api.score as api
     from safecrit.account import PHASES, ScorePlan, score_account
     from safecrit.api.judging import JudgeChoice, load_differentiable
+    from safecrit.api.scorejob import ScoreJob, ScoreSettings
     from safecrit.chat import encode_prompt
     from safecrit.estimators import Item
     from safecrit.generation import GenerationSettings
@@ -143,13 +144,13 @@ def child(root: Path, mode: str) -> dict[str, Any]:
     texts = [" ".join(LETTERS[n + k] * 4 for k in range(30)) for n in range(PROMPTS)]
     prompts = prompts_from_texts(texts)
 
-    def job_of(loaded: LoadedModel) -> api.ScoreJob:
-        return api.ScoreJob(
+    def job_of(loaded: LoadedModel) -> ScoreJob:
+        return ScoreJob(
             model=loaded.id,
             judge=guard_choice,
             prompts="",
             generation=GenerationSettings(max_new_tokens=ANSWER_TOKENS, batch_size=PROMPTS),
-            scoring=api.ScoreSettings(
+            scoring=ScoreSettings(
                 relaxation=RelaxationSettings(draws=DRAWS),
                 batch_size=PROMPTS,
                 judge_batch_size=PROMPTS * DRAWS,

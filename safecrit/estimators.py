@@ -19,7 +19,7 @@ from safecrit.bridge import cached_vocabulary_matrix, identity_matrix, position_
 from safecrit.errors import SafecritError, is_out_of_memory
 from safecrit.judges import DifferentiableJudge
 from safecrit.judges.conversation import JudgeInput
-from safecrit.relaxation import CHUNK_BYTES, RelaxationSettings, Relaxed
+from safecrit.relaxation import RelaxationSettings, Relaxed, chunks
 from safecrit.vocabulary import same_tokenizer, spell, vocabulary
 
 if TYPE_CHECKING:
@@ -236,17 +236,12 @@ class LikelihoodEstimator:
         """Bytes between the steps: one number."""
         return 8
 
-    @staticmethod
-    def _chunks(logits: torch.Tensor) -> list[slice]:
-        step = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
-        return [slice(start, min(start + step, len(logits))) for start in range(0, len(logits), step)]
-
     def forward(self, items: Sequence[Item], logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Each answer's log-likelihood, float64 scalars."""
         found = []
         for item, rows in zip(items, logits, strict=True):
             ids, total = torch.tensor(item.answer_ids, device=rows.device), 0.0
-            for part in self._chunks(rows):
+            for part in chunks(rows):
                 wide = rows[part].to(torch.promote_types(rows.dtype, torch.float32))
                 chosen = wide.gather(1, ids[part, None])[:, 0] - torch.logsumexp(wide, dim=-1)
                 total += float(chosen.double().sum())
@@ -260,7 +255,7 @@ class LikelihoodEstimator:
     def backward(self, item: Item, logits: torch.Tensor, judged: Judged, out: torch.Tensor) -> float:
         """Write weight x (onehot - softmax) to `out`; returns its norm."""
         ids, square = torch.tensor(item.answer_ids, device=logits.device), 0.0
-        for part in self._chunks(logits):
+        for part in chunks(logits):
             grad = torch.softmax(logits[part].to(torch.promote_types(logits.dtype, torch.float32)), dim=-1).neg_()
             grad[torch.arange(len(grad), device=grad.device), ids[part]] += 1
             grad *= item.weight

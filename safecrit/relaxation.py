@@ -51,6 +51,13 @@ def noise_seed(seed: int, prompt: str, draw: int, position: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def chunks(logits: torch.Tensor) -> list[slice]:
+    """Parts of the positions of `logits` [T, V], each of which takes `CHUNK_BYTES` in float32, or one position."""
+    positions, vocabulary = logits.shape
+    step = max(1, CHUNK_BYTES // (4 * vocabulary))
+    return [slice(start, min(start + step, positions)) for start in range(0, positions, step)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Relaxed:
     """One prompt's answer, relaxed: [T] positions, V tokens, d judge dimensions.
@@ -72,11 +79,6 @@ class Relaxed:
     def dtype(self) -> torch.dtype:
         """What the relaxation is computed in: float32, or float64 for float64 logits."""
         return torch.promote_types(self.logits.dtype, torch.float32)
-
-    def _chunks(self) -> list[slice]:
-        positions, vocabulary = self.logits.shape
-        step = max(1, CHUNK_BYTES // (4 * vocabulary))
-        return [slice(start, min(start + step, positions)) for start in range(0, positions, step)]
 
     def probabilities(self, draw: int, rows: slice) -> torch.Tensor:
         """p of one draw at some positions, [rows, V]; the same whenever it is asked for on one kind of device."""
@@ -101,7 +103,7 @@ class Relaxed:
 
     def shift(self, draw: int) -> torch.Tensor:
         """A (p - onehot(y)) P E of one draw: what is added to the judge's embeddings, [m, d]."""
-        rows = [self.probabilities(draw, rows) @ self.bridged for rows in self._chunks()]
+        rows = [self.probabilities(draw, rows) @ self.bridged for rows in chunks(self.logits)]
         return self.weights @ (torch.cat(rows) - self.bridged[self.ids])
 
     def backward(self, grads: Sequence[torch.Tensor], out: torch.Tensor) -> float:
@@ -112,7 +114,7 @@ class Relaxed:
         """
         into_tokens = [self.weights.T @ grad for grad in grads]
         square = 0.0
-        for rows in self._chunks():
+        for rows in chunks(self.logits):
             total = torch.zeros_like(self.logits[rows], dtype=self.dtype)
             for draw, grad in enumerate(into_tokens):
                 p = self.probabilities(draw, rows)

@@ -30,7 +30,7 @@ from safecrit.api.answering import (
 from safecrit.api.judging import load_differentiable, load_judge
 from safecrit.api.placing import Placed, place
 from safecrit.api.scoreinfo import score_info
-from safecrit.api.scorejob import LIKELIHOODS, ScoreJob, check_inputs
+from safecrit.api.scorejob import LIKELIHOODS, ScoreJob, check_settings
 from safecrit.comparison import agreement
 from safecrit.errors import FormatError, SafecritError
 from safecrit.estimators import Estimator, Item, LikelihoodEstimator, RelaxedEstimator, advantages
@@ -54,7 +54,7 @@ VERDICTS = ".verdicts.json"
 
 def run_score(job: ScoreJob, folder: Path, report: Reporter = quiet_reporter) -> Scores:
     """Score a model into `folder` and open the result; takes up what an interrupted run left there."""
-    check_inputs(job)
+    check_settings(job)
     prompts = read_prompts(job.prompts, job.limit) if job.prompts is not None else []
     placed = place(job)
     loaded = load_model(
