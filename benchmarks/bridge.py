@@ -9,13 +9,10 @@ repetitions. `peak` is the process's peak minus what it held before the build
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
 import itertools
-import json
 import multiprocessing
 import os
-import platform
 import resource
 import tempfile
 import time
@@ -24,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timing import RESULTS, _commit, machine
+from timing import write
 
 NAMES = ("llama3", "qwen2", "gpt2", "llama2")
 KINDS = ("exact", "split", "bytes", "dead")
@@ -113,21 +110,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help=f"holds tokenizers named {', '.join(NAMES)}")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    value = {
-        "benchmark": "bridge",
-        "machine": machine("cpu"),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "torch", "transformers")},
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
-        "repeats": options.repeats,
-        "rows": figures(options.folder, options.repeats),
-    }
-    path = RESULTS / "bridge.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    print(path)
+    rows = figures(options.folder, options.repeats)
+    tokenizers = importlib.metadata.version("tokenizers")
+    print(write("bridge", "cpu", tokenizers=tokenizers, repeats=options.repeats, rows=rows))
 
 
 if __name__ == "__main__":

@@ -31,16 +31,16 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}verdict: "
 
 
-def make_tokenizer() -> Any:
-    """A byte-level BPE of about WORDS tokens: the bytes, pairs of letters, and words of two such pairs."""
+def make_tokenizer(words: int = WORDS) -> Any:
+    """A byte-level BPE of about `words` tokens: the bytes, pairs of letters, and words of two such pairs."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     pieces = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     merges = list(itertools.product(LETTERS, LETTERS))
     pairs = ["".join(merge) for merge in merges]
-    words = itertools.islice(itertools.product(pairs, pairs), 0, None, 7)
-    merges += list(itertools.islice(words, WORDS - len(pieces) - len(pairs)))
+    longer = itertools.islice(itertools.product(pairs, pairs), 0, None, 7)
+    merges += list(itertools.islice(longer, words - len(pieces) - len(pairs)))
     pieces += ["".join(merge) for merge in merges]
     core = Tokenizer(models.BPE(vocab={piece: n for n, piece in enumerate(pieces)}, merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

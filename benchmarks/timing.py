@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import platform
 import re
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,18 +65,25 @@ def report(rows: list[Row], device: str, copy: Row) -> None:
 
 
 def save(rows: list[Row], device: str, benchmark: str) -> Path:
-    """Write the rows with machine, versions, commit and date to results/."""
+    """Write the rows to results/, one file a machine."""
+    name = f"{benchmark}-{re.sub('[^a-z0-9]+', '-', machine(device).lower()).strip('-')}"
+    return write(name, device, benchmark=benchmark, rows=[asdict(row) for row in rows])
+
+
+def write(name: str, device: str, **values: Any) -> Path:
+    """Write `values` with machine, versions, commit and date to results/NAME.json."""
     value = {
-        "benchmark": benchmark,
+        "benchmark": name,
         "machine": machine(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
-        "rows": [asdict(row) for row in rows],
+        **values,
     }
-    path = RESULTS / f"{benchmark}-{re.sub('[^a-z0-9]+', '-', machine(device).lower()).strip('-')}.json"
+    path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return path

@@ -45,9 +45,9 @@ class RelaxationSettings:
         return 1 if self.kind == "softmax" else self.draws
 
 
-def noise_seed(seed: int, prompt: str, draw: int, position: int) -> int:
-    """A 63-bit seed of one row of noise; depends on nothing but its arguments, so batches and chunks cannot matter."""
-    digest = hashlib.blake2b(f"{seed}/{prompt}/{draw}/{position}".encode(), digest_size=8).digest()
+def noise_seed(seed: int, prompt: str, draw: int) -> int:
+    """A 63-bit seed of one draw's noise; depends on nothing but its arguments, so batches cannot matter."""
+    digest = hashlib.blake2b(f"{seed}/{prompt}/{draw}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -80,30 +80,32 @@ class Relaxed:
         """What the relaxation is computed in: float32, or float64 for float64 logits."""
         return torch.promote_types(self.logits.dtype, torch.float32)
 
-    def probabilities(self, draw: int, rows: slice) -> torch.Tensor:
-        """p of one draw at some positions, [rows, V]; the same whenever it is asked for on one kind of device."""
-        logits = self.logits[rows].to(self.dtype).masked_fill(~self.live, -torch.inf)
-        if self.settings.kind != "softmax":
-            gumbel = self._gumbel(draw, rows)
+    def noise(self, draw: int) -> torch.Generator:
+        """Where the noise of one draw comes from, on the logits' device; one stream over the chunks of positions."""
+        seed = noise_seed(self.settings.seed, self.prompt, draw)
+        return torch.Generator(self.logits.device).manual_seed(seed)
+
+    def probabilities(self, rows: slice, noise: torch.Generator) -> torch.Tensor:
+        """p of one draw at the next positions, [rows, V]."""
+        values = self.logits[rows]
+        if self.settings.kind == "softmax":
+            values = values.to(self.dtype, copy=True)
+        else:
+            gumbel = torch.empty_like(values, dtype=torch.float32).uniform_(generator=noise)
+            gumbel = gumbel.clamp_(torch.finfo(torch.float32).tiny, 1 - 2**-24).to(self.dtype)
+            gumbel.log_().neg_().log_().neg_()
             if self.settings.kind == "gumbel-conditional":
                 # An answer token that the judge cannot read may win, but has no share in the mixture.
-                logits = conditional_gumbel(logits, self.ids[rows], gumbel).masked_fill(~self.live, -torch.inf)
+                live = values.to(self.dtype).masked_fill(~self.live, -torch.inf)
+                values = conditional_gumbel(live, self.ids[rows], gumbel)
             else:
-                logits += gumbel
-        return torch.softmax(logits.div_(self.settings.tau), dim=-1)
-
-    def _gumbel(self, draw: int, rows: slice) -> torch.Tensor:
-        """Gumbel noise [rows, V]: one generator a row, on the logits' device."""
-        device, noise = self.logits.device, torch.empty_like(self.logits[rows], dtype=torch.float32)
-        for row, position in zip(noise, range(rows.start, rows.stop), strict=True):
-            seed = noise_seed(self.settings.seed, self.prompt, draw, position)
-            row.uniform_(generator=torch.Generator(device).manual_seed(seed))
-        noise.clamp_(torch.finfo(torch.float32).tiny, 1 - 2**-24)
-        return noise.to(self.dtype).log_().neg_().log_().neg_()
+                values = gumbel.add_(values)
+        return torch.softmax(values.masked_fill_(~self.live, -torch.inf).div_(self.settings.tau), dim=-1)
 
     def shift(self, draw: int) -> torch.Tensor:
         """A (p - onehot(y)) P E of one draw: what is added to the judge's embeddings, [m, d]."""
-        rows = [self.probabilities(draw, rows) @ self.bridged for rows in chunks(self.logits)]
+        noise = self.noise(draw)
+        rows = [self.probabilities(rows, noise) @ self.bridged for rows in chunks(self.logits)]
         return self.weights @ (torch.cat(rows) - self.bridged[self.ids])
 
     def backward(self, grads: Sequence[torch.Tensor], out: torch.Tensor) -> float:
@@ -113,13 +115,14 @@ class Relaxed:
         written. Returns the gradient's norm as computed, in float32 or wider.
         """
         into_tokens = [self.weights.T @ grad for grad in grads]
+        noises = [self.noise(draw) for draw in range(len(grads))]
         square = 0.0
         for rows in chunks(self.logits):
             total = torch.zeros_like(self.logits[rows], dtype=self.dtype)
-            for draw, grad in enumerate(into_tokens):
-                p = self.probabilities(draw, rows)
+            for noise, grad in zip(noises, into_tokens, strict=True):
+                p = self.probabilities(rows, noise)
                 through = grad[rows] @ self.bridged.T
-                through -= (p * through).sum(dim=-1, keepdim=True)
+                through -= torch.bmm(p[:, None], through[..., None])[:, 0]
                 total.addcmul_(p, through)
             total /= self.settings.tau * len(grads)
             square += float(torch.linalg.vector_norm(total, dtype=torch.float64)) ** 2

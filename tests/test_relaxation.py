@@ -47,7 +47,7 @@ def test_written_out_backward_equals_autograd(kind: str) -> None:
 
 def test_conditional_noise_is_constant_at_the_point_it_was_drawn() -> None:
     one = made("gumbel-conditional")
-    p = one.probabilities(0, slice(0, 5))
+    p = one.probabilities(slice(0, 5), one.noise(0))
     grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     out = torch.zeros_like(one.logits)
     one.backward([grad], out)
@@ -69,10 +69,14 @@ def test_chunks_do_not_change_the_noise(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_draws_and_prompts_have_their_own_noise() -> None:
-    one, rows = made(), slice(0, 5)
-    assert torch.equal(one.probabilities(0, rows), one.probabilities(0, rows))
-    assert not torch.equal(one.probabilities(0, rows), one.probabilities(1, rows))
-    assert not torch.equal(one.probabilities(0, rows), dataclasses.replace(one, prompt="q").probabilities(0, rows))
+    one, other = made(), dataclasses.replace(made(), prompt="q")
+
+    def drawn(relaxed: Relaxed, draw: int) -> torch.Tensor:
+        return relaxed.probabilities(slice(0, 5), relaxed.noise(draw))
+
+    assert torch.equal(drawn(one, 0), drawn(one, 0))
+    assert not torch.equal(drawn(one, 0), drawn(one, 1))
+    assert not torch.equal(drawn(one, 0), drawn(other, 0))
 
 
 def test_a_sharp_relaxation_of_certain_logits_changes_nothing() -> None:

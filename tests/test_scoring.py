@@ -61,10 +61,15 @@ def assert_differences(model: PreTrainedModel, scorer: Scorer, items: list[Item]
     """The stored gradient is that of `value`, by central differences in float64."""
     gradient, anatomy = means(scorer), read_anatomy(model)
     parameters = dict(model.named_parameters())
-    for seed in range(2):
+    norm = sum(float(each.double().square().sum()) for each in gradient.values()) ** 0.5
+    tried = 0
+    for seed in range(10):
         generator = torch.Generator().manual_seed(seed)
         direction = {e.name: torch.randn(e.layout.shape, generator=generator).double() for e in anatomy.eligible}
         expected = sum(float((gradient[name].double() * d).sum()) for name, d in direction.items())
+        if abs(expected) < norm / 4:
+            continue  # almost orthogonal to the gradient: float32 sums leave no relative error to speak of
+        tried += 1
         errors = []
         for step in (1e-4, 1e-5, 1e-6):
             sides = []
@@ -78,6 +83,9 @@ def assert_differences(model: PreTrainedModel, scorer: Scorer, items: list[Item]
                         entry.source.of(parameters[entry.parameter]).sub_(direction[entry.name], alpha=sign * step)
             errors.append(abs((sides[0] - sides[1]) / (2 * step) - expected) / abs(expected))
         assert min(errors) <= 1e-6, errors
+        if tried == 2:
+            return
+    raise AssertionError("no direction to try")
 
 
 @pytest.mark.parametrize(
