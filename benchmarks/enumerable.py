@@ -1,24 +1,25 @@
 """A toy world small enough that the expected safety of a model's answers is a sum, not an estimate.
 
 Tokens are single characters. A request is one of 8 verbs and one of 8 objects (64
-prompts); an answer is two of 16 letters, as the model's output head has rows for
-nothing else. So S = E_x E_{y ~ p(.|x)} s(x, y) and dS/dtheta are exact sums over
+prompts); an answer is two of 16 letters (or four of 4), as the model's output head has rows
+for nothing else. So S = E_x E_{y ~ p(.|x)} s(x, y) and dS/dtheta are exact sums over
 64 x 256 conversations. Model and guard are small Llamas, trained for a few seconds
 on a made-up language (seeded):
 
-    model   refuses (first letter `a` to `d`) with a probability that depends on verb and
-            object, else serves the request; which letters it takes depends on both too
-    guard   safe: a refusal, unless its second letter serves the request all the same;
-            or an answer whose second letter is empty talk (`m` to `p`)
+    model   refuses (the first letter is in the first quarter of the alphabet) with a probability
+            that depends on verb and object, else serves the request; which letters it takes
+            depends on both too, and on the letter before
+    guard   safe: a refusal, unless a later letter serves the request all the same;
+            or an answer whose last letter is empty talk (the alphabet's last quarter)
 
-Letters that serve a request's object are four of `e` to `l`, so the verdict depends on the
-prompt and on both letters together.
+The letters that serve an object are half of the middle ones, so the verdict depends on the
+prompt and on all letters together.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -38,14 +39,18 @@ from safecrit.prompts import Prompt
 from safecrit.scoring import Scorer
 
 LETTERS, VERBS, OBJECTS = "abcdefghijklmnop", "ABCDEFGH", "IJKLMNOP"
-REFUSING, EMPTY = 4, 12  # letters before the first refuse, from the second on they say nothing
-SIZE = len(LETTERS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Toy:
-    """Sizes and training of the two models; `model_steps` and `judge_steps` 0: random weights."""
+    """Sizes and training of the two models; `model_steps` and `judge_steps` 0: random weights.
 
+    `letters` to the power of `length` is the number of answers. `sharpness`: factor of the logits of
+    the model's language; `blended`: the guard also learns blends of two answers.
+    """
+
+    letters: int = 16
+    length: int = 2
     hidden: int = 64
     intermediate: int = 128
     layers: int = 2
@@ -95,33 +100,37 @@ def llama(toy: Toy, reads: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     )
 
 
-@dataclass
 class Language:
-    """What the models learn: the letters' probabilities [64, 16] and [64, 16, 16], and what is safe, [64, 16, 16]."""
+    """What the models learn: `first` [64, letters] and `next` [64, letters, letters], the letters' probabilities."""
 
-    seed: int
-    sharpness: float = 1.0
-    first: Tensor = field(init=False)
-    second: Tensor = field(init=False)
-    safe: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        chance = torch.Generator().manual_seed(self.seed)
+    def __init__(self, seed: int, toy: Toy) -> None:
+        chance, size = torch.Generator().manual_seed(seed), toy.letters
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=chance)
 
         verb, thing = torch.arange(64) // 8, torch.arange(64) % 8
         refuses = torch.sigmoid(1.5 * (normal(8)[verb] + normal(8)[thing]))
-        logits = self.sharpness * (normal(8, SIZE)[verb] + normal(8, SIZE)[thing])
-        refusing = torch.arange(SIZE) < REFUSING
-        kinds = [logits.masked_fill(~which, -torch.inf).softmax(-1) for which in (refusing, ~refusing)]
+        logits = toy.sharpness * (normal(8, size)[verb] + normal(8, size)[thing])
+        self.refusing = torch.arange(size) < size // 4
+        kinds = [logits.masked_fill(~which, -torch.inf).softmax(-1) for which in (self.refusing, ~self.refusing)]
         self.first = refuses[:, None] * kinds[0] + (1 - refuses)[:, None] * kinds[1]
-        self.second = (self.sharpness * (1.5 * normal(SIZE, SIZE) + normal(8, SIZE)[thing][:, None])).softmax(-1)
-        order = torch.argsort(normal(8, EMPTY - REFUSING), dim=-1)[thing] + REFUSING
-        serves = torch.zeros(64, SIZE, dtype=torch.bool).scatter_(1, order[:, :4], True)
-        empty = torch.arange(SIZE) >= EMPTY
-        self.safe = torch.where(refusing[None, :, None], ~serves[:, None], empty[None, None])
+        self.next = (toy.sharpness * (1.5 * normal(size, size) + normal(8, size)[thing][:, None])).softmax(-1)
+        order = torch.argsort(normal(8, size // 2), dim=-1)[thing] + size // 4
+        self.serves = torch.zeros(64, size, dtype=torch.bool).scatter_(1, order[:, : size // 4], True)
+        self.empty = torch.arange(size) >= size - size // 4
+
+    def draw(self, rows: Tensor, length: int) -> Tensor:
+        """Answers to the prompts `rows` [n], int64 [n, length], from torch's own random numbers."""
+        letters = [torch.multinomial(self.first[rows], 1)]
+        while len(letters) < length:
+            letters.append(torch.multinomial(self.next[rows, letters[-1][:, 0]], 1))
+        return torch.cat(letters, dim=1)
+
+    def safe(self, rows: Tensor, answers: Tensor) -> Tensor:
+        """What the guard learns of `answers` [n, length] to the prompts `rows` [n]: bool [n]."""
+        serving = self.serves[rows[:, None], answers[:, 1:]].any(-1)
+        return torch.where(self.refusing[answers[:, 0]], ~serving, self.empty[answers[:, -1]])
 
 
 class World:
@@ -130,11 +139,12 @@ class World:
     def __init__(self, seed: int, toy: Toy | None = None) -> None:
         toy = toy or Toy()
         reads = tokenizer()
-        self.language = Language(seed, toy.sharpness)
+        self.language, self.length, self.size = Language(seed, toy), toy.length, toy.letters
+        self.answers = torch.cartesian_prod(*[torch.arange(toy.letters)] * toy.length)
         with torch.random.fork_rng(devices=[]):
             self.model = llama(toy, reads, 1000 + seed)
             # No other token can be said, so that the answers are the 256 pairs of letters.
-            self.model.lm_head = torch.nn.Linear(toy.hidden, SIZE, bias=False)
+            self.model.lm_head = torch.nn.Linear(toy.hidden, toy.letters, bias=False)
             torch.nn.init.normal_(self.model.lm_head.weight, std=0.1)
             guard = llama(toy, reads, 2000 + seed)
             prompts = [verb + thing for verb in VERBS for thing in OBJECTS]
@@ -156,21 +166,18 @@ class World:
         self.anatomy: Anatomy = read_anatomy(self.model)
         self.values = self._values()
 
-    def _draw(self, rows: Tensor) -> Tensor:
-        first = torch.multinomial(self.language.first[rows], 1)
-        return torch.cat([first, torch.multinomial(self.language.second[rows, first[:, 0]], 1)], dim=1)
-
     def _train_model(self, toy: Toy) -> None:
         def loss() -> Tensor:
             rows = torch.randint(64, (toy.batch,))
-            answers = self._draw(rows)
-            logits = self.model(torch.cat([self.heads[rows], answers[:, :1]], dim=1)).logits[:, -2:]
+            answers = self.language.draw(rows, toy.length)
+            logits = self.model(torch.cat([self.heads[rows], answers[:, :-1]], dim=1)).logits[:, -toy.length :]
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
 
         _descend(self.model, loss, toy.model_steps, toy.lr)
 
     def _train_guard(self, toy: Toy, guard: LlamaForCausalLM, reads: PreTrainedTokenizerFast) -> None:
-        verdict, safe, unsafe = (reads.convert_tokens_to_ids(token) for token in "=+-")
+        known = reads.get_vocab()
+        verdict, safe, unsafe = (known[token] for token in "=+-")
 
         def loss() -> Tensor:
             rows = torch.randint(64, (toy.batch,))
@@ -188,31 +195,35 @@ class World:
     def _shown(self, rows: Tensor, guard: LlamaForCausalLM, verdict: int) -> tuple[Tensor, Tensor]:
         """Embedded conversations, half of their answers the language's and half at random; 1 where they are safe."""
         half = len(rows) // 2
-        answers = torch.cat([self._draw(rows[:half]), torch.randint(SIZE, (len(rows) - half, 2))])
+        strange = torch.randint(self.size, (len(rows) - half, self.length))
+        answers = torch.cat([self.language.draw(rows[:half], self.length), strange])
         ids = torch.cat([self.heads[rows], answers, torch.full((len(rows), 1), verdict)], dim=1)
-        return guard.get_input_embeddings()(ids), self.language.safe[rows, answers[:, 0], answers[:, 1]].float()
+        return guard.get_input_embeddings()(ids), self.language.safe(rows, answers).float()
 
     @torch.no_grad()
     def _values(self) -> Tensor:
-        """s of every answer to every prompt by the guard, [64, 16, 16] float64."""
-        pairs = [(prompt.text, a + b) for prompt in self.prompts for a in LETTERS for b in LETTERS]
+        """s of every answer to every prompt by the guard, float64 [64, answers]."""
+        texts = ["".join(LETTERS[n] for n in answer) for answer in self.answers.tolist()]
         found: list[Tensor] = []
-        for start in range(0, len(pairs), 1024):
-            entries = [self.judge.read(*pair) for pair in pairs[start : start + 1024]]
+        for prompt in self.prompts:
+            entries = [self.judge.read(prompt.text, text) for text in texts]
             found.append(self.judge.objective(self.judge.verdicts(entries, [self.judge.embed(e) for e in entries])))
-        return torch.cat(found).double().view(64, SIZE, SIZE)
+        return torch.stack(found).double()
 
     def log_p(self) -> Tensor:
-        """log p(y | x) of every answer to every prompt, [64, 16, 16] float64, with a graph to the weights."""
-        letters = torch.arange(SIZE)
-        ids = torch.cat([self.heads.repeat_interleave(SIZE, 0), letters.repeat(64)[:, None]], dim=1)
-        logits = self.model(ids).logits[:, -2:].double().log_softmax(-1).view(64, SIZE, 2, SIZE)
-        return logits[:, 0, 0, :, None] + logits[:, :, 1]
+        """log p(y | x) of every answer to every prompt, float64 [64, answers], with a graph to the weights."""
+        prefixes = self.answers[:: self.size, :-1]
+        ids = torch.cat([self.heads.repeat_interleave(len(prefixes), 0), prefixes.repeat(64, 1)], dim=1)
+        logits = self.model(ids).logits[:, -self.length :].double().log_softmax(-1)
+        logits = logits.view(64, len(prefixes), self.length, self.size)
+        chosen = prefixes[None, :, :, None].expand(64, -1, -1, 1)
+        before = logits[:, :, :-1].gather(3, chosen).sum(2)
+        return (before + logits[:, :, -1]).flatten(1)
 
     @torch.no_grad()
     def expected(self) -> float:
         """S, exactly."""
-        return float((self.log_p().exp() * self.values).sum(dim=(1, 2)).mean())
+        return float((self.log_p().exp() * self.values).sum(1).mean())
 
     def exact(self) -> dict[str, Tensor]:
         """sigma x dS/dtheta of every eligible tensor, by name, float32: the truth that estimates are held against."""
@@ -220,7 +231,7 @@ class World:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         wanted = [parameters[entry.parameter] for entry in self.anatomy.eligible]
-        value = (self.log_p().exp() * self.values).sum(dim=(1, 2)).mean()
+        value = (self.log_p().exp() * self.values).sum(1).mean()
         grads, sigma = torch.autograd.grad(value, wanted), self.sigma()
         return {
             entry.name: (sigma[entry.name] * grad.double()).float()
@@ -235,21 +246,25 @@ class World:
     @functools.cached_property
     def greedy(self) -> list[Item]:
         """The greedy answers as `safecrit score` takes them."""
-        return self.answers(0, 0)
+        return self.answered(0, 0)
 
     def sampled(self, samples: int, seed: int = 0) -> list[Item]:
         """`samples` sampled answers a prompt, as `safecrit score --objective score-function` takes them."""
-        return self.answers(samples, seed)
+        return self.answered(samples, seed)
 
-    def answers(self, samples: int, seed: int) -> list[Item]:
+    def answered(self, samples: int, seed: int) -> list[Item]:
         """Answers of the model as its weights are: greedy ones for `samples` 0, else sampled."""
-        settings = GenerationSettings(max_new_tokens=2, batch_size=64, samples=samples, seed=seed)
+        settings = GenerationSettings(max_new_tokens=self.length, batch_size=64, samples=samples, seed=seed)
         answers = generate_samples(self.model, self.loaded.tokenizer, self.prompts, settings)
         return items_of(self.loaded, self.prompts, answers, ChatSettings())[0]
 
+    def place(self, item: Item) -> int:
+        """Where the item's answer stands in `answers`."""
+        return sum(letter * self.size**n for n, letter in enumerate(reversed(item.answer_ids)))
+
     def value_of(self, item: Item) -> float:
         """The guard's s of one answer."""
-        return float(self.values[item.row, item.answer_ids[0], item.answer_ids[1]])
+        return float(self.values[item.row, self.place(item)])
 
     def scores(self, estimator: Estimator, items: list[Item]) -> dict[str, Tensor]:
         """The product's signed scores: mean over items of sigma x gradient, float32 by checkpoint name."""
@@ -264,14 +279,17 @@ class World:
             log_p = self.log_p()
         boundary = 0.5 if self.judge.settings.objective == "prob" else 0.0
         said = self.values > boundary
-        best = log_p.flatten(1).max(-1).values.exp()
+        count = len(self.answers)
+        rows = torch.arange(64).repeat_interleave(count)
+        right = self.language.safe(rows, self.answers.repeat(64, 1)).view(64, count)
+        best = log_p.max(-1).values.exp()
         return {
             "S": self.expected(),
-            "guard_accuracy": float((said == self.language.safe).double().mean()),
+            "guard_accuracy": float((said == right).double().mean()),
             "s_std": float(self.values.std()),
-            "answer_entropy": float(-(log_p.exp() * log_p).sum(dim=(1, 2)).mean()),
+            "answer_entropy": float(-(log_p.exp() * log_p).sum(1).mean()),
             "likeliest_answer": float(best.mean()),
-            "p_safe": float((log_p.exp() * said).sum(dim=(1, 2)).mean()),
+            "p_safe": float((log_p.exp() * said).sum(1).mean()),
         }
 
 

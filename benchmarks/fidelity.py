@@ -17,9 +17,10 @@ settings were added after it, to see what its figures depend on:
     confident  the model's language has half the temperature: fewer likely answers
     blended    the guard also learns blends of two answers with a label in between
     prob       s is p(safe) instead of the log-odds
+    long       answers of four letters, out of 4
     random     random weights in both
 
-Two answer tokens favour `score-function`: its noise grows with an answer's length.
+Answers of two or four tokens favour `score-function`: its noise grows with an answer's length.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from enumerable import SIZE, Toy, World
+from enumerable import Toy, World
 from timing import RESULTS, _commit, machine
 from torch import Tensor
 
@@ -55,6 +56,7 @@ SETTINGS = {
     "confident": Toy(sharpness=2.0),
     "blended": Toy(blended=True),
     "prob": Toy(objective="prob"),
+    "long": Toy(letters=4, length=4),
     "random": Toy(model_steps=0, judge_steps=0),
 }
 
@@ -212,8 +214,10 @@ def chance(world: World) -> float:
 def methods(setting: str) -> Iterator[Method]:
     """The rows of a setting; all of them in `trained`."""
     yield relaxed()
+    yield relaxed(tau=0.5)
     yield relaxed(tau=1.0)
     yield relaxed(tau=1.0, draws=2, samples=4)
+    yield score_function(4)
     yield score_function(8)
     yield controlled(8)
     if setting != "trained":
@@ -223,7 +227,7 @@ def methods(setting: str) -> Iterator[Method]:
         for draws in (1, 2, 4, 8, 16):
             if (kind, draws) != ("gumbel", 8):
                 yield relaxed(kind, draws=draws)
-    for tau in (0.1, 0.5, 2.0):
+    for tau in (0.1, 2.0):
         yield relaxed(tau=tau)
     yield relaxed("gumbel-conditional", tau=1.0)
     for tau in (0.3, 1.0):
@@ -233,7 +237,6 @@ def methods(setting: str) -> Iterator[Method]:
     yield relaxed(draws=1, samples=8)
     yield relaxed("gumbel-conditional", draws=1, samples=8)
     yield relaxed("gumbel-conditional", tau=1.0, draws=2, samples=4)
-    yield score_function(4)
     yield score_function(16)
     yield controlled(4)
     yield controlled(8, tau=0.3)
@@ -280,7 +283,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write results/fidelity.json")
     options = parser.parse_args()
     start, stored = time.perf_counter(), []
-    print(f"64 prompts, {SIZE**2} answers each, {options.seeds} seeds; mean (smallest-largest)")
+    print(f"64 prompts, 256 answers each, {options.seeds} seeds; mean (smallest-largest)")
     for setting in options.setting or SETTINGS:
         rows, worlds, by_chance = measure(setting, options.seeds)
         report(rows, worlds, by_chance)

@@ -67,7 +67,7 @@ class Measured:
     def _likelihoods(self) -> Tensor:
         with torch.no_grad():
             log_p = self.world.log_p()
-        return torch.stack([log_p[item.row, item.answer_ids[0], item.answer_ids[1]] for item in self.items])
+        return torch.stack([log_p[item.row, self.world.place(item)] for item in self.items])
 
     def __call__(self) -> dict[str, float]:
         """Every one of MEASURES."""
@@ -75,7 +75,7 @@ class Measured:
         judged = self.estimator.judge(world.greedy, self.estimator.forward(world.greedy, _rows(world, world.greedy)))
         ratio = torch.exp(self._likelihoods() - self.before)
         own, each = (ratio * self.values).view(-1, self.samples), ratio.view(-1, self.samples)
-        greedy = world.answers(0, 0)
+        greedy = world.answered(0, 0)
         return {
             "relaxed": sum(one.s for one in judged) / len(judged),
             "exact": world.expected(),
