@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--setting", choices=list(SETTINGS), action="append", help="default: all")
     parser.add_argument("--save", action="store_true", help="write results/fidelity.json")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # small tensors gain nothing from more, and their sums would differ
     start, stored = time.perf_counter(), []
     print(f"64 prompts, 256 answers each, {options.seeds} seeds; mean (smallest-largest)")
     for setting in options.setting or SETTINGS:

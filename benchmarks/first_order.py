@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -104,9 +104,11 @@ def shifted(world: World, shifts: dict[str, Tensor], mask: Mask) -> Iterator[Non
             view[mask.indices[name]] = kept[name]
 
 
-def measure(toy: str, seed: int, perturbations: int, samples: int) -> list[Result]:
-    """All correlations in one world."""
-    world, relaxation = World(seed, TOYS[toy]), RelaxationSettings(seed=seed)
+def measure(
+    world: World, toy: str, seed: int, perturbations: int, samples: int, radii: Sequence[float] = RADII
+) -> list[Result]:
+    """All correlations in one world, which is named by `toy` and `seed`."""
+    relaxation = RelaxationSettings(seed=seed)
     scores = {name: found.clone() for name, found in world.scores(estimator(world, relaxation), world.greedy).items()}
     sources = {"score": scores, "exact": world.exact()}
     mask, sigma = mask_of(world, scores), world.sigma()
@@ -114,7 +116,7 @@ def measure(toy: str, seed: int, perturbations: int, samples: int) -> list[Resul
     start = measured()
     chance = torch.Generator().manual_seed(seed)
     results = []
-    for r in RADII:
+    for r in radii:
         predicted: dict[str, list[float]] = {source: [] for source in sources}
         changes: dict[str, list[float]] = {name: [] for name in MEASURES}
         for _ in range(perturbations):
@@ -161,12 +163,13 @@ def main() -> None:
     parser.add_argument("--toy", choices=list(TOYS), action="append", help="default: all")
     parser.add_argument("--save", action="store_true", help="write results/first_order.json")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as in fidelity.py
     begun, results = time.perf_counter(), []
     print(f"{'':44}" + "".join(f"{f'{r:g} sigma':>32}" for r in RADII))
     print(f"{'':44}" + f"{'correlation [95 %]':>25}{'slope':>7}" * len(RADII))
     for toy in options.toy or TOYS:
         for seed in range(options.seeds if toy == "trained" else 1):
-            found = measure(toy, seed, options.perturbations, options.samples)
+            found = measure(World(seed, TOYS[toy]), toy, seed, options.perturbations, options.samples)
             results += found
             for source in ("score", "exact"):
                 for name in MEASURES:
