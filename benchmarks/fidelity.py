@@ -30,6 +30,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import platform
 import statistics
 import time
@@ -242,20 +243,13 @@ def methods(setting: str) -> Iterator[Method]:
     yield controlled(8, tau=0.3)
 
 
-def measure(setting: str, seeds: int) -> tuple[list[Row], list[dict[str, float]], float]:
-    """All rows of a setting, what its worlds look like, and the IoU by chance."""
-    rows = [Row(setting=setting, method=method) for method in methods(setting)]
-    worlds, by_chance = [], 0.0
-    for seed in range(seeds):
-        world = World(seed, SETTINGS[setting])
-        truth = world.exact()
-        worlds.append(world.summary())
-        by_chance = chance(world)
-        for row in rows:
-            cosine, iou = agreement(world, row.method.run(world, seed), truth)
-            row.cosine.append(cosine)
-            row.iou.append(iou)
-    return rows, worlds, by_chance
+def measure(setting: str, seed: int) -> tuple[list[tuple[float, float]], dict[str, float]]:
+    """Cosine and IoU of every method in one world, and what the world looks like."""
+    torch.set_num_threads(1)  # small tensors gain nothing from more, and their sums would differ
+    world = World(seed, SETTINGS[setting])
+    truth = world.exact()
+    found = [agreement(world, method.run(world, seed), truth) for method in methods(setting)]
+    return found, world.summary() | {"iou_by_chance": chance(world)}
 
 
 def spread(values: list[float]) -> str:
@@ -263,10 +257,10 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
-def report(rows: list[Row], worlds: list[dict[str, float]], by_chance: float) -> None:
+def report(rows: list[Row], worlds: list[dict[str, float]]) -> None:
     """Print a setting's table."""
-    about = ", ".join(f"{key} {statistics.mean(world[key] for world in worlds):.2f}" for key in worlds[0])
-    print(f"\n{rows[0].setting}: {about}; IoU by chance {by_chance:.4f}")
+    about = ", ".join(f"{key} {statistics.mean(world[key] for world in worlds):.3g}" for key in worlds[0])
+    print(f"\n{rows[0].setting}: {about}")
     print(f"{'':54}{'cosine':>20}{'IoU':>20}{'answers':>9}{'model':>7}{'judge':>9}{'units':>7}")
     for row in rows:
         m = row.method
@@ -279,29 +273,34 @@ def report(rows: list[Row], worlds: list[dict[str, float]], by_chance: float) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2, help="worlds measured at a time, one thread each")
     parser.add_argument("--setting", choices=list(SETTINGS), action="append", help="default: all")
     parser.add_argument("--save", action="store_true", help="write results/fidelity.json")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # small tensors gain nothing from more, and their sums would differ
-    stored = []
+    begun, stored, chosen = time.perf_counter(), [], options.setting or list(SETTINGS)
     print(f"64 prompts, 256 answers each, {options.seeds} seeds; mean (smallest-largest)")
-    for setting in options.setting or SETTINGS:
-        rows, worlds, by_chance = measure(setting, options.seeds)
-        report(rows, worlds, by_chance)
-        toy = dataclasses.asdict(SETTINGS[setting])
-        found = {"setting": setting, "toy": toy, "worlds": worlds, "iou_by_chance": by_chance}
+    work = [(setting, seed) for setting in chosen for seed in range(options.seeds)]
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        results = pool.starmap(measure, work, chunksize=1)
+    for setting in chosen:
+        own = [result for place, result in zip(work, results, strict=True) if place[0] == setting]
+        rows = [Row(setting=setting, method=method) for method in methods(setting)]
+        for n, row in enumerate(rows):
+            row.cosine, row.iou = [found[n][0] for found, _ in own], [found[n][1] for found, _ in own]
+        worlds = [world for _, world in own]
+        report(rows, worlds)
+        found = {"setting": setting, "toy": dataclasses.asdict(SETTINGS[setting]), "worlds": worlds}
         stored.append(found | {"rows": [row.to_json() for row in rows]})
     if options.save:
-        save("fidelity", {"share": SHARE, "seeds": options.seeds, "settings": stored})
+        save("fidelity", {"share": SHARE, "seeds": options.seeds, "settings": stored}, time.perf_counter() - begun)
 
 
-def save(benchmark: str, found: dict[str, Any]) -> None:
+def save(benchmark: str, found: dict[str, Any], seconds: float) -> None:
     """Write a result to results/ with machine, versions, commit and date."""
     value = found | {
         "benchmark": benchmark,
         "machine": machine("cpu"),
-        "threads": torch.get_num_threads(),
-        "cpu_seconds": round(time.process_time(), 1),
+        "seconds": round(seconds, 1),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "commit": _commit(),

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write results/first_order.json")
     options = parser.parse_args()
     torch.set_num_threads(1)  # as in fidelity.py
-    results = []
+    begun, results = time.perf_counter(), []
     print(f"{'':44}" + "".join(f"{f'{r:g} sigma':>32}" for r in RADII))
     print(f"{'':44}" + f"{'correlation [95 %]':>25}{'slope':>7}" * len(RADII))
     for toy in options.toy or TOYS:
@@ -177,7 +178,7 @@ def main() -> None:
     if options.save:
         stored: dict[str, Any] = {"toys": {name: asdict(toy) for name, toy in TOYS.items()}}
         stored |= {"samples": options.samples, "share": "1%", "rows": [asdict(one) for one in results]}
-        save("first_order", stored)
+        save("first_order", stored, time.perf_counter() - begun)
 
 
 def cell(one: Result) -> str:
