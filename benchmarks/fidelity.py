@@ -138,7 +138,8 @@ class ControlledEstimator(LikelihoodEstimator):
 
         ds/dL_t = r (onehot(y_t) - p_t) + p_t (c_t - p_t . c_t)
 
-    The last term is the expectation of what r leaves out, so the slopes change the noise, not the mean.
+    The last term is the expectation of what r leaves out, so the slopes change the noise, not the mean
+    (but for their factor beta, which `controlled` fits on the same samples).
     """
 
     def __init__(self, slopes: Tensor) -> None:
