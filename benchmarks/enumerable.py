@@ -80,7 +80,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def llama(toy: Toy, reads: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama with the initial weights of `seed`; larger ones where it stays untrained."""
+    """A Llama with the initial weights of `seed`."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
