@@ -80,12 +80,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def score(world: World, out: Path, **changes: Any) -> list[Any]:
-    """`safecrit score` on the world's model; a flag by its name (with - or _), True for a switch, None to leave out."""
-    flags = {"judge": world.guard, "prompts": world.prompts, "max_new_tokens": 4, "output": out}
-    arguments: list[Any] = ["score", world.model]
-    for key, value in (flags | {key.replace("-", "_"): value for key, value in changes.items()}).items():
+    """`safecrit score` on the world's model (or `model`); True for a switch, None for a flag to leave out."""
+    flags = {"judge": world.guard, "prompts": world.prompts, "max-new-tokens": 4, "output": out}
+    arguments: list[Any] = ["score", changes.pop("model", world.model)]
+    for key, value in (flags | {key.replace("_", "-"): value for key, value in changes.items()}).items():
         if value is not None:
-            arguments += [f"--{key.replace('_', '-')}", *([] if value is True else [value])]
+            arguments += [f"--{key}", *([] if value is True else [value])]
     return arguments
 
 
