@@ -11,17 +11,17 @@ import torch
 from safecrit.comparison import agreement
 from tests.cli.conftest import Cli, World, score, scores_of
 
-WORDS = "First warm the oven, then mix flour and water and tell me a story about it".split()
+TEXT = "First warm the oven, then mix flour and water and tell me a story about it."
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve prompts with answers of 1 to 15 words, in two orders."""
+    """Twelve prompts with answers of 5 to 75 characters, in two orders."""
     folder = tmp_path_factory.mktemp("answers")
     rows = [
         {
             "prompt": f"How do I bake loaf {n}{' for my neighbour' * (n % 3)}?",
-            "answer": " ".join(WORDS[: 1 + 7 * n % 15]),
+            "answer": TEXT[: 5 + 35 * n % 71],
         }
         for n in range(12)
     ]
@@ -41,7 +41,7 @@ def test_batches_order_and_threads_change_nothing_that_matters(
         given = files / f"{file}.jsonl"
         try:
             torch.set_num_threads(count)
-            ran = cli(*score(world, tmp_path / name, prompts=given, answers=given, batch_size=batch, draws=2))
+            ran = cli(*score(world, tmp_path / name, prompts=given, answers=given, batch_size=batch, draws=1))
         finally:
             torch.set_num_threads(threads)
         assert ran.code == 0, ran.err
