@@ -46,6 +46,11 @@ class JudgeChoice:
         return preset_named(self.preset) if self.preset is not None else find_preset(self.name)
 
     @property
+    def is_model(self) -> bool:
+        """Whether it is a model that is loaded here."""
+        return self.name != REFUSAL and not self.name.startswith((LABELS, OPENAI))
+
+    @property
     def model(self) -> str:
         """The folder or Hub id; a preset's name is its first Hub id, unless a folder of that name is there."""
         if self.name in PRESETS and not Path(self.name).is_dir():

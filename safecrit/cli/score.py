@@ -242,12 +242,8 @@ def _dry_run(settings: dict[str, Any], gpu_memory: str | None, output: Path, sin
     from dataclasses import asdict
 
     from safecrit.api.dryrun import dry_run, lines
-    from safecrit.api.scorejob import check_settings
-    from safecrit.api.survey import DryJob
 
-    job = job_of(settings)
-    check_settings(job)
-    found = dry_run(DryJob.of(job), gpu_memory=gpu_memory, output=output)
+    found = dry_run(job_of(settings), gpu_memory=gpu_memory, output=output)
     for line in lines(found):
         sink.line(line)
     sink.result(asdict(found))
