@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.chatserver import Server
 
 # Triton reads this when a kernel is defined. With a GPU its compiled kernels are tested there instead.
 if not torch.cuda.is_available():
@@ -29,3 +33,19 @@ def shared() -> Path:
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep fingerprint and bridge caches of a test inside its own folder."""
     monkeypatch.setenv("SAFECRIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for name in ("OPENAI_API_KEY", "SAFECRIT_JUDGE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    made = Server()
+    thread = threading.Thread(target=made.http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield made
+    made.released.set()
+    made.http.shutdown()
+    thread.join()
+    made.http.server_close()

@@ -227,7 +227,8 @@ def write_samples(
                 line["sample"] = sample
             if judged is not None:
                 line["value"] = judged[number][sample]
-            line |= values.get(f"{prompt.row}/{sample}" if sample else str(prompt.row), {})
+            found = values.get(f"{prompt.row}/{sample}" if sample else str(prompt.row), {})
+            line |= dict(sorted(found.items()))  # a resumed run read them back in this order
             line |= {"dropped": dropped[prompt.row]} if prompt.row in dropped else {}
             lines.append(json.dumps(line, ensure_ascii=False))
     write_text(folder / SAMPLES, "\n".join(lines) + "\n")
