@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from safecrit.errors import SafecritError
-from safecrit.files import atomic, cache_root, write_json
+from safecrit.files import atomic, write_json
 from safecrit.outputs import default_output, open_output
 
 
@@ -64,14 +64,3 @@ def test_atomic_writing_leaves_the_old_file(tmp_path: Path, error: BaseException
         temporary.write_text("half")
         raise error
     assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SAFECRIT_CACHE", str(tmp_path / "own"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_root() == tmp_path / "own"
-    monkeypatch.delenv("SAFECRIT_CACHE")
-    assert cache_root() == tmp_path / "xdg" / "safecrit"
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_root() == tmp_path / ".cache" / "safecrit"

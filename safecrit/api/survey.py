@@ -20,7 +20,6 @@ from safecrit.chat import encode_continuation, encode_prompt, render_prompt
 from safecrit.errors import SafecritError
 from safecrit.judges.conversation import chat_layout, text_layout
 from safecrit.judges.guard import PLAIN_TEMPLATE
-from safecrit.judges.presets import guard_settings
 from safecrit.machine import device_free, host_free, parse_bytes
 from safecrit.metamodel import ModelShape, read_shape
 from safecrit.models import DTYPES, load_tokenizer, pick_device, resolve_folder
@@ -145,7 +144,7 @@ def _read_judge(choice: JudgeChoice, prompts: Sequence[Prompt]) -> tuple[ModelSh
     """The judge's shape, and the tokens of each conversation as it reads it, the answer left out."""
     folder = description_folder(choice.model, choice.revision)
     tokenizer = load_tokenizer(folder, trust_remote_code=choice.trust_remote_code)
-    settings = guard_settings(choice.format, choice.guard)
+    settings = choice.settings()
     if settings.template is None and tokenizer.chat_template is not None:
         layout = chat_layout(tokenizer, settings, choice.name)
     else:
