@@ -32,7 +32,7 @@ from safecrit.chat import encode_prompt
 from safecrit.estimators import Item, RelaxedEstimator
 from safecrit.generation import GenerationSettings, generate
 from safecrit.gradients import GradientStream
-from safecrit.judges.guard import GuardSettings
+from safecrit.judges.presets import GuardOptions
 from safecrit.models import LoadedModel, load_model
 from safecrit.prompts import Prompt, prompts_from_texts
 from safecrit.relaxation import RelaxationSettings, noise_seed
@@ -158,7 +158,7 @@ def whole_cost(root: Path, prompts_timed: int, loop_timed: int) -> dict[str, Any
     """Prompts a second of `score` and of the plain loop, whole and the gradient pass alone."""
     loaded = load_model(str(root / "model"), device="cpu")
     # Two words of one token each, as real guards have.
-    words = GuardSettings(safe_words=("ab",), unsafe_words=("cd",))
+    words = GuardOptions(safe_words=("ab",), unsafe_words=("cd",))
     choice = JudgeChoice(name=str(root / "guard"), device="cpu", guard=words)
     judge = load_differentiable(choice)
     letters = "abcdefghijklmnopqrstuvwxyz"

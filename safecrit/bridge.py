@@ -8,7 +8,6 @@ a pair of tokenizers is kept on disk, beside the fingerprints.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from safecrit.errors import SafecritError
-from safecrit.files import atomic, canonical_json
+from safecrit.files import atomic, cache_root, canonical_json
 from safecrit.vocabulary import (
     SpelledText,
     Vocabulary,
@@ -111,7 +110,7 @@ def cached_vocabulary_matrix(
     """
     identity = [[rules_hash(t), sorted(special_ids(t))] for t in (model_tokenizer, judge_tokenizer)]
     key = hashlib.sha256(canonical_json([_FORMAT, identity, model_rows, judge_rows]).encode("ascii")).hexdigest()
-    path = (Path(cache) if cache is not None else _cache_folder()) / f"{key}.safetensors"
+    path = (Path(cache) if cache is not None else cache_root() / "bridge") / f"{key}.safetensors"
     stored = _read(path, model_rows, judge_rows)
     if stored is None:
         model, judge = vocabulary(model_tokenizer), vocabulary(judge_tokenizer)
@@ -179,13 +178,6 @@ def _matrix(counts: np.ndarray, columns: np.ndarray, judge_rows: int) -> Vocabul
     size = (len(counts), judge_rows)
     coo = torch.sparse_coo_tensor(indices, torch.from_numpy(weights), size, check_invariants=True)
     return VocabularyMatrix(coo.coalesce().to(torch.float32), torch.from_numpy(counts > 0))
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("SAFECRIT_CACHE")
-    if root is None:
-        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "safecrit")
-    return Path(root) / "bridge"
 
 
 def _read(path: Path, model_rows: int, judge_rows: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -89,7 +89,7 @@ def render_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, *, template_kwargs: Mapping[str, Any] | None = None
 ) -> str:
     """The text the model reads before it answers `messages`, special tokens included."""
-    rendering = _Rendering(tokenizer, messages, template_kwargs)
+    rendering = Rendering(tokenizer, messages, template_kwargs)
     return rendering.unmarked(rendering.prompt())
 
 
@@ -107,7 +107,7 @@ def encode_prompt(
     """
     if chat is not None:
         messages, template_kwargs = chat.turns(messages), {**chat.template_kwargs, **(template_kwargs or {})}
-    rendering = _Rendering(tokenizer, messages, template_kwargs)
+    rendering = Rendering(tokenizer, messages, template_kwargs)
     return rendering.encode(rendering.prompt())
 
 
@@ -128,7 +128,7 @@ def encode_example(
     """
     if not any(turn.get("role") == "assistant" for turn in messages):
         raise SafecritError("a training example needs an assistant turn, and this one has none.")
-    rendering = _Rendering(tokenizer, messages, template_kwargs)
+    rendering = Rendering(tokenizer, messages, template_kwargs)
     try:
         text, spans = rendering.conversation()
     except SafecritError:
@@ -148,7 +148,7 @@ def encode_example(
     return EncodedExample(ids[:max_length], loss[:max_length], cut)
 
 
-class _Rendering:
+class Rendering:
     """The turns of one conversation: how to render any first part of them, and how to tokenise the result.
 
     Special-token text inside a turn stands between two marks, private characters that

@@ -27,7 +27,7 @@ from safecrit.errors import FormatError, MismatchError, SafecritError
 from safecrit.files import StoredTensor
 from safecrit.maskfile import Mask, MaskInfo
 from safecrit.tables import Key, MatrixCount, count_matrices, group_counts
-from safecrit.tensorfile import MappedFiles, read_document
+from safecrit.tensorfile import MappedFiles
 
 SHARES = (0.001, 0.01, 0.05, 0.1)
 _CHUNK = 1 << 22  # entries turned to float64 at once: 32 MiB a score set
@@ -38,25 +38,17 @@ class MaskFile:
 
     def __init__(self, path: str | Path) -> None:
         """Read the header of the mask's file, its index, or a folder that holds one mask; FormatError as `Mask`."""
-        path = maskformat._find(Path(path))
-        if path.name.endswith(maskformat.INDEX_SUFFIX):
-            stored, document = maskformat._read_index(path)
-        else:
-            stored, document = read_document(path, maskformat.FORMAT, maskformat.VERSION)
-            if "shard" in document:
-                raise FormatError(f"{path}: is one shard of a mask; name the mask's index instead.")
-        self.info: MaskInfo
-        self.info, self._counts = maskformat._parse(document, str(path))
-        self.path, self.count = path, sum(self._counts.values())
+        self.path, stored, self.info, self._counts = maskformat.open_mask(path)
+        self.count = sum(self._counts.values())
         self._maps, self._stored = MappedFiles(), dict[str, tuple[str, StoredTensor]]()
         for key, entry in stored.items():
             name, _, kind = key.rpartition("::")
             if name in self._stored or kind not in ("indices", "bits"):
-                raise FormatError(f"{path}: tensor {key!r} is unknown, or stored twice.")
+                raise FormatError(f"{self.path}: tensor {key!r} is unknown, or stored twice.")
             self._stored[name] = (kind, entry)
         if self._stored.keys() != self._counts.keys():
             wrong = min(self._stored.keys() ^ self._counts.keys())
-            raise FormatError(f"{path}: tensor {wrong!r} is in its counts or among its tensors, not in both.")
+            raise FormatError(f"{self.path}: tensor {wrong!r} is in its counts or among its tensors, not in both.")
 
     def indices(self, name: str) -> torch.Tensor:
         """Selected weights of checkpoint tensor `name`, flat, int64 [n], sorted."""
@@ -64,7 +56,7 @@ class MaskFile:
             return torch.empty(0, dtype=torch.int64)
         kind, entry = self._stored[name]
         where = f"{self.path}: {name}"
-        flat = maskformat._decode(self._maps, entry, kind, self.info.tensors[name].numel, where)
+        flat = maskformat.decode_entries(self._maps, entry, kind, self.info.tensors[name].numel, where)
         if len(flat) != self._counts[name]:
             raise FormatError(f"{where}: holds {len(flat)} entries, its count says {self._counts[name]}.")
         return flat

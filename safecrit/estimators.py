@@ -129,7 +129,7 @@ class RelaxedEstimator:
     def unfit(self, item: Item) -> str:
         """Why an answer cannot be judged, or nothing."""
         if not spell(item.answer_ids[item.start :], self.vocabulary).text:
-            return "empty answer"
+            return "nothing after its thought" if item.start else "empty answer"
         return "" if self.judge_model.fits(self.read(item)[0]) else "longer than the judge's window"
 
     def held(self, item: Item) -> int:

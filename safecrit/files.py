@@ -18,6 +18,14 @@ PART = ".part"  # ends the name of a file that is being written
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference reader
 
 
+def cache_root() -> Path:
+    """Where safecrit keeps what it can make again: SAFECRIT_CACHE, else `safecrit` in the user's cache folder."""
+    root = os.environ.get("SAFECRIT_CACHE")
+    if root is None:
+        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "safecrit")
+    return Path(root)
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it into place.

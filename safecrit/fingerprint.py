@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from safecrit.errors import FormatError, SafecritError
-from safecrit.files import StoredTensor, canonical_json, checkpoint_tensors, write_text
+from safecrit.files import StoredTensor, cache_root, canonical_json, checkpoint_tensors, write_text
 from safecrit.tensorfile import MappedFiles, bits_of, item_size
 
 Changes = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -139,11 +139,8 @@ def _state(folder: Path, tensors: Mapping[str, StoredTensor]) -> list[list[Any]]
 
 
 def _cache_file(folder: Path) -> Path:
-    root = os.environ.get("SAFECRIT_CACHE")
-    if root is None:
-        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "safecrit")
     key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
-    return Path(root) / "fingerprints" / f"{key}.json"
+    return cache_root() / "fingerprints" / f"{key}.json"
 
 
 def _read_cache(entry: Path, state: list[Any]) -> str | None:

@@ -6,6 +6,7 @@ device, in host memory or in mapped files; never two dense gradients at once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +15,7 @@ import torch
 
 from safecrit import ops
 from safecrit.anatomy import Anatomy, CheckpointTensor
+from safecrit.errors import SafecritError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +23,20 @@ if TYPE_CHECKING:
 Reduction = Literal["signed", "abs", "square"]
 Place = Literal["device", "host", "disk"]
 ACCUMULATOR = "accumulator-{:05d}.bin"
+
+
+def _reserve(file: Path, size: int) -> None:
+    """An empty file with its space taken: a write to a mapped file on a full disk would kill the process."""
+    try:
+        with open(file, "wb") as made:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(made.fileno(), 0, size)
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise SafecritError(
+            f"{file}: no room for {size:,} bytes of sums ({error.strerror}). Free some space and run again, choose "
+            "another -o, or use --accumulate-on host."
+        ) from error
 
 
 def part_of(tensor: torch.Tensor, entry: CheckpointTensor) -> torch.Tensor:
@@ -65,8 +81,8 @@ class GradientStream:
             if place == "disk":
                 assert folder is not None
                 self._files.append(folder / ACCUMULATOR.format(number))
-                self._files[-1].unlink(missing_ok=True)
                 numel = entry.layout.numel
+                _reserve(self._files[-1], 4 * numel)
                 mapped = torch.from_file(str(self._files[-1]), shared=True, size=numel, dtype=torch.float32)
                 self.accumulators[entry.name] = mapped.view(shape)
             else:

@@ -128,11 +128,10 @@ def write_mask(
     return files
 
 
-def read_mask(path: str | Path) -> tuple[dict[str, torch.Tensor], MaskInfo]:
-    """Indices (per tensor with entries int64 [n], sorted) and info of the mask at `path`.
+def open_mask(path: str | Path) -> tuple[Path, dict[str, StoredTensor], MaskInfo, dict[str, int]]:
+    """The mask's file (or index), its stored tensors, what it says about itself, and its counts; from headers alone.
 
-    `path` is the mask's file, its index, or a folder that holds one mask. Raises FormatError
-    with the first fault found.
+    `path` and errors as for `read_mask`.
     """
     path = _find(Path(path))
     if path.name.endswith(INDEX_SUFFIX):
@@ -141,7 +140,16 @@ def read_mask(path: str | Path) -> tuple[dict[str, torch.Tensor], MaskInfo]:
         stored, document = read_document(path, FORMAT, VERSION)
         if "shard" in document:
             raise FormatError(f"{path}: is one shard of a mask; name the mask's .safetensors{INDEX_SUFFIX} instead.")
-    info, counts = _parse(document, str(path))
+    return path, stored, *_parse(document, str(path))
+
+
+def read_mask(path: str | Path) -> tuple[dict[str, torch.Tensor], MaskInfo]:
+    """Indices (per tensor with entries int64 [n], sorted) and info of the mask at `path`.
+
+    `path` is the mask's file, its index, or a folder that holds one mask. Raises FormatError
+    with the first fault found.
+    """
+    path, stored, info, counts = open_mask(path)
     maps, indices = MappedFiles(), {}
     for key, entry in sorted(stored.items()):
         name, separator, kind = key.rpartition("::")
@@ -150,7 +158,7 @@ def read_mask(path: str | Path) -> tuple[dict[str, torch.Tensor], MaskInfo]:
         if name in indices:
             raise FormatError(f"{path}: {name}: stored twice, as indices and as bits.")
         numel = info.tensors[name].numel
-        flat = _decode(maps, entry, kind, numel, f"{path}: {name}")
+        flat = decode_entries(maps, entry, kind, numel, f"{path}: {name}")
         if len(flat) != counts.get(name, 0):
             raise FormatError(f"{path}: {name}: holds {len(flat)} entries, its count says {counts.get(name, 0)}.")
         indices[name] = flat
@@ -176,7 +184,8 @@ def _encode(indices: Mapping[str, torch.Tensor], info: MaskInfo, key: str) -> to
     return ops.bits_from_indices(indices[name], numel)
 
 
-def _decode(maps: MappedFiles, entry: StoredTensor, kind: str, numel: int, where: str) -> torch.Tensor:
+def decode_entries(maps: MappedFiles, entry: StoredTensor, kind: str, numel: int, where: str) -> torch.Tensor:
+    """A stored tensor's selected entries, flat int64 [n], sorted; FormatError where it is malformed."""
     dtypes, packed = ("I32", "I64") if kind == "indices" else ("U8",), -(-numel // 8)
     if entry.dtype not in dtypes:
         raise FormatError(f"{where}: {kind} of dtype {entry.dtype} where {' or '.join(dtypes)} was expected.")

@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safecrit.errors import SafecritError
 PROMPT_COLUMNS = ("goal", "Behavior", "prompt", "instruction", "question")
 CONTEXT_COLUMNS = ("ContextString", "input")
 ANSWER_COLUMNS = ("answer", "completion", "response")
+GIVEN_ANSWER_COLUMNS = (*ANSWER_COLUMNS, "output")  # of a file of answers, where "output" can mean nothing else
 CATEGORY_COLUMNS = ("category", "SemanticCategory", "type")
 
 
@@ -178,6 +179,18 @@ def read_prompts(source: str | Path, limit: int | None = None) -> list[Prompt]:
     if not prompts:
         raise SafecritError(f"{source}: column {column!r} is empty in every row.")
     return prompts
+
+
+def given_answer_column(rows: Sequence[Mapping[str, Any]], source: str | Path) -> str:
+    """The column of a file of answers that holds them; SafecritError names those found where there is none."""
+    found = rows[0] if rows else {}
+    column = next((name for name in GIVEN_ANSWER_COLUMNS if name in found), None)
+    if column is None:
+        raise SafecritError(
+            f"{source}: no known answer column. Found: {', '.join(found) or 'none'}. "
+            f"Known: {', '.join(GIVEN_ANSWER_COLUMNS)}."
+        )
+    return column
 
 
 def prompts_from_texts(texts: list[str]) -> list[Prompt]:

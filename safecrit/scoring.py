@@ -40,9 +40,10 @@ class Progress(Protocol):
 class ScoreState:
     """What a run has done so far; with the accumulators it is all that a resumed run needs.
 
-    tokens: the largest batch, in padded tokens, that memory allowed, once it ran out.
+    plan: answers of each batch. tokens: the largest batch, in padded tokens, that memory allowed, once it ran out.
     """
 
+    plan: list[int] = field(default_factory=list)
     batches: int = 0
     used: int = 0
     tokens: int | None = None
@@ -167,6 +168,7 @@ class Scorer:
         self.state = (restore(self.stream.accumulators) if restore is not None else None) or ScoreState(
             dropped=list(self.unfit)
         )
+        self.state.plan = [len(batch) for batch in self.plan]
         known = [tokens for tokens in (self.state.tokens, self._tokens) if tokens is not None]
         self._tokens = self.state.tokens = min(known, default=None)
         self._check_dropped()

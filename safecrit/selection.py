@@ -140,13 +140,18 @@ def select(scores: Scores, settings: SelectionSettings) -> Mask:
 
 def scoring_summary(info: Mapping[str, Any]) -> dict[str, Any]:
     """What a mask repeats from score.json: how the scores were made, without tables or per-prompt lists."""
-    kept = ("method", "reduction", "objective", "relaxation", "tau", "draws", "seed", "dtype")
+    kept = ("method", "estimator", "reduction", "objective", "relaxation", "tau", "draws", "seed", "dtype")
     summary = {key: info[key] for key in kept if key in info}
     judge, prompts = _object(info, "judge"), _object(info, "prompts")
     if judge:
         summary["judge"] = {key: judge[key] for key in ("id", "fingerprint") if key in judge}
     if prompts:
         summary["prompts_used"] = prompts.get("used")
+    stability = _object(info, "stability")
+    if stability:
+        summary["stability"] = {
+            kind: {key: found[key] for key in ("shares", "spearman")} for kind, found in stability.items()
+        }
     return summary
 
 

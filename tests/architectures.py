@@ -108,11 +108,17 @@ def _falcon(**options: Any) -> PretrainedConfig:
     )
 
 
-def build(name: str, *, seed: int = 0, device: str = "cpu") -> PreTrainedModel:
-    """The tiny float32 model `name` of CONFIGS, in eval mode; every parameter, biases and norms included, is random."""
+def build(name: str, *, seed: int = 0, device: str = "cpu", **changes: Any) -> PreTrainedModel:
+    """The tiny float32 model `name` of CONFIGS, in eval mode; every parameter, biases and norms included, is random.
+
+    `changes` are attributes of its configuration, such as `vocab_size`.
+    """
+    config = CONFIGS[name]()
+    for key, value in changes.items():
+        setattr(config, key, value)
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(CONFIGS[name]())
+        model = AutoModelForCausalLM.from_config(config)
         if device != "meta":
             with torch.no_grad():
                 for parameter in model.parameters():

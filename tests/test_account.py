@@ -17,10 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from safecrit.account import ScorePlan, decide, largest_batches, score_account
 from safecrit.anatomy import read_anatomy
-from safecrit.api.dryrun import DryJob, dry_run, lines
+from safecrit.api.dryrun import dry_run, lines
 from safecrit.api.judging import JudgeChoice
+from safecrit.api.scorejob import ScoreJob, ScoreSettings
 from safecrit.chat import encode_prompt
 from safecrit.errors import SafecritError
+from safecrit.generation import GenerationSettings
 from safecrit.machine import Rates, device_free, host_free, parse_bytes, probe
 from safecrit.metamodel import ModelShape, activation_bytes, layer_bytes, read_shape, shape_of
 from tests import tiny
@@ -281,14 +283,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def job(folders: Path, **changes: Any) -> DryJob:
+def job(folders: Path, *, scoring: ScoreSettings | None = None, **changes: Any) -> ScoreJob:
     given: dict[str, Any] = {
         "model": str(folders / "model"),
         "judge": JudgeChoice(name=str(folders / "guard")),
         "prompts": str(folders / "prompts.jsonl"),
-        "max_new_tokens": 24,
+        "generation": GenerationSettings(max_new_tokens=24),
+        "scoring": scoring or ScoreSettings(),
     }
-    return DryJob(**{**given, **changes})
+    return ScoreJob(**{**given, **changes})
 
 
 def test_dry_run_reads_no_weights(folders: Path) -> None:
@@ -329,10 +332,12 @@ def test_dry_run_on_this_machine_estimates_time(folders: Path) -> None:
 
 
 def test_dry_run_says_what_to_lower(folders: Path) -> None:
-    roomy = dry_run(job(folders, placement="together", checkpointed="off"), gpu_memory="24GiB", output=folders)
+    together = ScoreSettings(placement="together", checkpoint="off")
+    roomy = dry_run(job(folders, scoring=together), gpu_memory="24GiB", output=folders)
     fixed = sum(part["bytes"] for part in roomy.parts if part["name"] in ("CUDA context", "model weights"))
     most = max(roomy.peaks["device"].values())
-    tight = dry_run(job(folders, checkpointed="off"), gpu_memory=f"{(most + fixed) // 2 / 1e6}MB", output=folders)
+    whole = ScoreSettings(checkpoint="off")
+    tight = dry_run(job(folders, scoring=whole), gpu_memory=f"{(most + fixed) // 2 / 1e6}MB", output=folders)
     assert not tight.fits
     assert tight.best is not None
     assert f"--batch-size {tight.best['batch_size']}" in tight.advice
@@ -344,7 +349,8 @@ def test_dry_run_says_what_to_lower(folders: Path) -> None:
 
 
 def test_dry_run_without_a_judge(folders: Path) -> None:
-    found = dry_run(job(folders, judge=None), gpu_memory="24GiB", output=folders)
+    refusal = ScoreSettings(objective="refusal-nll")
+    found = dry_run(job(folders, scoring=refusal), gpu_memory="24GiB", output=folders)
     assert found.judge is None
     assert not any("judge" in part["name"] for part in found.parts)
     assert "No judge." in lines(found)[0]
@@ -362,7 +368,9 @@ def test_dry_run_counts_given_answers(folders: Path, tmp_path: Path) -> None:
 def test_dry_run_of_training_examples(folders: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt": HARMLESS[0], "completion": "First warm the oven."}) + "\n")
-    found = dry_run(job(folders, judge=None, prompts=None, data=str(data)), gpu_memory="24GiB", output=folders)
+    likelihood = ScoreSettings(objective="answer-nll")
+    asked = job(folders, prompts=None, data=str(data), scoring=likelihood)
+    found = dry_run(asked, gpu_memory="24GiB", output=folders)
     assert found.settings["prompts"] == 1
     assert 1 < found.settings["answer_tokens"] < 24
     assert HARMLESS[0] in found.first_prompt
@@ -370,9 +378,9 @@ def test_dry_run_of_training_examples(folders: Path, tmp_path: Path) -> None:
 
 def test_dry_run_refuses_unknown_settings(folders: Path) -> None:
     with pytest.raises(SafecritError, match="--accumulate-on"):
-        dry_run(job(folders, accumulate_on="tape"), gpu_memory="24GiB")
+        dry_run(job(folders, scoring=ScoreSettings(accumulate_on="tape")), gpu_memory="24GiB")
     with pytest.raises(SafecritError, match="--judge-placement"):
-        dry_run(job(folders, placement="beside"), gpu_memory="24GiB")
+        dry_run(job(folders, scoring=ScoreSettings(placement="beside")), gpu_memory="24GiB")
     with pytest.raises(SafecritError, match="no such folder"):
         dry_run(job(folders, model=str(folders / "absent")), gpu_memory="24GiB")
 

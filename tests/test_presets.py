@@ -14,7 +14,7 @@ from safecrit.api.judging import JudgeChoice, find_judge, load_differentiable, l
 from safecrit.errors import SafecritError
 from safecrit.judges.classifier import ClassifierJudge
 from safecrit.judges.guard import GuardJudge, GuardSettings
-from safecrit.judges.presets import PRESETS, find_preset, guard_settings, preset_named
+from safecrit.judges.presets import PRESETS, GuardOptions, find_preset, guard_settings, preset_named
 from safecrit.models import LoadedModel
 from tests import tiny
 from tests.test_classifier import SAFETY, encoder, pair_tokenizer
@@ -49,7 +49,7 @@ def loaded(chat: str | None) -> LoadedModel:
 
 
 def judge(name: str, chat: str | None, controversial: Any = "unsafe", **given: Any) -> GuardJudge:
-    settings = guard_settings(preset_named(name), GuardSettings(**given), controversial)
+    settings = guard_settings(preset_named(name), GuardOptions(**given), controversial)
     return GuardJudge(loaded(chat), settings)
 
 
@@ -103,7 +103,7 @@ def test_controversial_counts_with_the_side_asked_for() -> None:
     short = replace(preset_named("qwen3guard"), controversial=("C",))  # the tiny guard gives long words no chance
     found = []
     for side in ("unsafe", "safe"):
-        made = GuardJudge(loaded(chat), guard_settings(short, GuardSettings(), side))  # type: ignore[arg-type]
+        made = GuardJudge(loaded(chat), guard_settings(short, GuardOptions(), side))  # type: ignore[arg-type]
         entry = made.read("q", "a")
         with torch.no_grad():
             found.append(made.verdicts([entry], [made.embed(entry)])[0].exp())
@@ -113,16 +113,21 @@ def test_controversial_counts_with_the_side_asked_for() -> None:
 
 def test_explicit_settings_win_over_a_preset() -> None:
     preset = preset_named("shieldgemma")
-    own = guard_settings(preset, GuardSettings(template_kwargs={"guideline": "No lies"}, objective="prob"))
+    own = guard_settings(preset, GuardOptions(template_kwargs={"guideline": "No lies"}, objective="prob"))
     assert own.template_kwargs == {"guideline": "No lies"} and own.safe_words == ("No",) and own.objective == "prob"
-    thinking = guard_settings(preset_named("granite-guardian-3.3"), GuardSettings(template_kwargs={"think": True}))
+    thinking = guard_settings(preset_named("granite-guardian-3.3"), GuardOptions(template_kwargs={"think": True}))
     assert thinking.template_kwargs == {"guardian_config": {"criteria_id": "harm"}, "think": True}
-    words = guard_settings(preset_named("qwen3guard"), GuardSettings(safe_words=("ok",), verdict_prefix=">"))
+    words = guard_settings(preset_named("qwen3guard"), GuardOptions(safe_words=("ok",), verdict_prefix=">"))
     assert (words.safe_words, words.verdict_prefix) == (("ok",), ">")
     assert words.unsafe_words == ("Unsafe", "Controversial")
-    text = guard_settings(preset_named("wildguard"), GuardSettings(template="{prompt} {answer}"))
+    text = guard_settings(preset_named("wildguard"), GuardOptions(template="{prompt} {answer}"))
     assert text.template == "{prompt} {answer}" and text.verdict_prefix == ""
-    assert guard_settings(None, words) is words
+    assert guard_settings(None, GuardOptions()) == GuardSettings()
+
+
+def test_settings_that_equal_the_defaults_win_over_a_preset_too() -> None:
+    given = GuardOptions(safe_words=("safe",), unsafe_words=("unsafe",), verdict_prefix="", generation_prompt=True)
+    assert guard_settings(preset_named("qwen3guard"), given) == GuardSettings()
 
 
 @pytest.mark.parametrize(
@@ -151,7 +156,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_folder_named_as_a_known_model_has_its_format(folder: Path) -> None:
     made = load_differentiable(JudgeChoice(name=str(folder), device="cpu"))
-    assert made.settings == guard_settings(preset_named("qwen3guard"), GuardSettings())
+    assert made.settings == guard_settings(preset_named("qwen3guard"), GuardOptions())
     assert made.describe()["verdict_prefix"] == "Safety: " and made.name == str(folder)
     plain = folder.rename(folder.parent / "mine")
     assert load_differentiable(JudgeChoice(name=str(plain), device="cpu")).settings == GuardSettings()
@@ -174,7 +179,7 @@ def test_a_format_by_chat_template_needs_one(tmp_path: Path) -> None:
     tiny.loaded(tiny.llama(len(made)), made, tmp_path / "shieldgemma-2b")
     with pytest.raises(SafecritError, match="no chat template, which is the format of shieldgemma"):
         load_differentiable(JudgeChoice(name=str(tmp_path / "shieldgemma-2b"), device="cpu"))
-    text = GuardSettings(template="{prompt} {answer}: ")
+    text = GuardOptions(template="{prompt} {answer}: ")
     assert load_differentiable(JudgeChoice(name=str(tmp_path / "shieldgemma-2b"), device="cpu", guard=text))
 
 
@@ -183,7 +188,7 @@ def test_classifiers_are_told_by_their_architecture(tmp_path: Path) -> None:
     made = load_differentiable(JudgeChoice(name=str(tmp_path), device="cpu"))
     assert isinstance(made, ClassifierJudge) and made.describe()["safe_labels"] == ["Safe"]
     assert made.describe()["fingerprint"].startswith("sha256:")
-    turned = GuardSettings(safe_words=("Unsafe",), unsafe_words=("Safe",), objective="logit")
+    turned = GuardOptions(safe_words=("Unsafe",), unsafe_words=("Safe",), objective="logit")
     made = load_differentiable(JudgeChoice(name=str(tmp_path), device="cpu", guard=turned, kind="classifier"))
     assert made.describe()["safe_labels"] == ["Unsafe"] and made.settings.objective == "logit"
     with pytest.raises(SafecritError, match="lacks"):

@@ -22,8 +22,8 @@ from safecrit.fingerprint import fingerprint
 from safecrit.generation import Answer, answers_from_texts, generate_samples
 from safecrit.models import NO_FOLDER, LoadedModel, context_window
 from safecrit.progress import Reporter
-from safecrit.prompts import ANSWER_COLUMNS, Prompt, read_rows
-from safecrit.traindata import read_examples
+from safecrit.prompts import Prompt, given_answer_column, read_rows
+from safecrit.traindata import TrainExample, read_examples
 
 if TYPE_CHECKING:
     from safecrit.api.scorejob import ScoreJob
@@ -107,12 +107,7 @@ def answers_from_file(
     With `several`, all answers of a prompt; without, rows of the same prompt are used in turn.
     """
     rows = read_rows(source)
-    column = next((name for name in (*ANSWER_COLUMNS, "output") if rows and name in rows[0]), None)
-    if column is None:
-        found = ", ".join(rows[0]) if rows else "none"
-        raise SafecritError(
-            f"{source}: no known answer column. Found: {found}. Known: answer, completion, response, output."
-        )
+    column = given_answer_column(rows, source)
     if rows and "prompt" in rows[0]:
         by_text: dict[str, list[str]] = {}
         for row in reversed(rows):
@@ -177,26 +172,29 @@ def items_of(
     return items, cut
 
 
+def split_example(example: TrainExample, source: str) -> tuple[Prompt, str]:
+    """A training example as a prompt and its answer: the last assistant turn, and all before it."""
+    last = max(place for place, turn in enumerate(example.messages) if turn["role"] == "assistant")
+    if last == 0:
+        raise SafecritError(f"{source}: row {example.row + 1}: begins with the assistant's turn; nothing is asked.")
+    return Prompt(messages=example.messages[:last], row=example.row), example.messages[last]["content"]
+
+
 def data_items(
     loaded: LoadedModel, source: str, limit: int | None, chat: ChatSettings
 ) -> tuple[list[Prompt], Answers, list[Item], int]:
-    """Training examples as items, for `answer-nll`: the last assistant turn is the answer, all before it the prompt."""
+    """Training examples as items, for `answer-nll`."""
     window, cut = context_window(loaded.model), 0
     prompts: list[Prompt] = []
     answers: Answers = []
     items: list[Item] = []
     for example in read_examples(source, limit).examples:
-        turns = list(example.messages)
-        last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
-        if last == 0:
-            raise SafecritError(f"{source}: row {example.row + 1}: begins with the assistant's turn; nothing is asked.")
-        prompt = Prompt(messages=tuple(turns[:last]), row=example.row)
-        encoded = encode_example(
-            loaded.tokenizer, chat.turns(turns[: last + 1]), window, template_kwargs=chat.template_kwargs
-        )
+        prompt, text = split_example(example, source)
+        turns = chat.turns([*prompt.messages, {"role": "assistant", "content": text}])
+        encoded = encode_example(loaded.tokenizer, turns, window, template_kwargs=chat.template_kwargs)
         cut += encoded.truncated
         start = len(encoded.ids) - encoded.loss_mask[::-1].index(0) if 0 in encoded.loss_mask else 0
-        ids, text = tuple(encoded.ids), turns[last]["content"]
+        ids = tuple(encoded.ids)
         prompts.append(prompt)
         answers.append([Answer(text=text, ids=ids[start:], finished=True)])
         items.append(
@@ -229,7 +227,8 @@ def write_samples(
                 line["sample"] = sample
             if judged is not None:
                 line["value"] = judged[number][sample]
-            line |= values.get(f"{prompt.row}/{sample}" if sample else str(prompt.row), {})
+            found = values.get(f"{prompt.row}/{sample}" if sample else str(prompt.row), {})
+            line |= dict(sorted(found.items()))  # a resumed run read them back in this order
             line |= {"dropped": dropped[prompt.row]} if prompt.row in dropped else {}
             lines.append(json.dumps(line, ensure_ascii=False))
     write_text(folder / SAMPLES, "\n".join(lines) + "\n")

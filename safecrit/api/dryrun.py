@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from safecrit.account import PHASES, Account, Place, Work, largest_batches
-from safecrit.api.survey import DryJob, settled, survey
+from safecrit.api.scorejob import ScoreJob
+from safecrit.api.survey import survey
 from safecrit.machine import Rates, probe
 from safecrit.metamodel import ModelShape
 from safecrit.progress import duration
 
-__all__ = ["DryJob", "DryRun", "dry_run", "lines", "settled"]
 PLACES: tuple[Place, ...] = ("device", "judge device", "host", "disk")
 
 
@@ -24,8 +24,9 @@ class DryRun:
     """The outcome as plain data (`dataclasses.asdict` gives JSON); bytes, seconds, tokens.
 
     settings: the plan with its automatic choices made. parts: name, bytes, place, phases. peaks: by place and
-    phase. available: by place; a judge on a device of its own has what the model's has. best: the largest
-    batch sizes that fit, None where none does. advice: what to lower, "" where all fits. work: name, flops,
+    phase. available: by place; a judge on a device of its own has what the model's has. lacking: of each place that
+    is too small the fullest phase, its bytes, and its largest part. best: the largest batch sizes that fit, None
+    where none does. advice: what to lower, "" where all fits. work: name, flops,
     bytes moved, seconds. `seconds` is None where the machine's rates are not known. first_prompt: as the model
     reads it.
     """
@@ -39,6 +40,7 @@ class DryRun:
     peaks: dict[str, dict[str, int]]
     available: dict[str, int]
     fits: bool
+    lacking: list[dict[str, Any]]
     best: dict[str, int] | None
     advice: str
     work: list[dict[str, Any]]
@@ -46,7 +48,9 @@ class DryRun:
     first_prompt: str
 
 
-def dry_run(job: DryJob, *, gpu_memory: str | None = None, output: Path = Path(), rates: Rates | None = None) -> DryRun:
+def dry_run(
+    job: ScoreJob, *, gpu_memory: str | None = None, output: Path = Path(), rates: Rates | None = None
+) -> DryRun:
     """The account of a score job. Nothing is loaded but configurations and tokenizers.
 
     gpu_memory: of a GPU that is not here, such as 24GiB; its time is known only with `rates`. output: the folder
@@ -65,7 +69,7 @@ def dry_run(job: DryJob, *, gpu_memory: str | None = None, output: Path = Path()
     ]
     return DryRun(
         model=job.model,
-        judge=job.judge.name if job.judge is not None else None,
+        judge=job.judge.name if job.judge is not None and job.judged else None,
         weights={
             "model": model.parameters,
             "eligible": model.eligible,
@@ -77,6 +81,7 @@ def dry_run(job: DryJob, *, gpu_memory: str | None = None, output: Path = Path()
         peaks={place: {phase: account.in_phase(place, phase) for phase in PHASES} for place in PLACES},
         available=available,
         fits=_fits(account, available),
+        lacking=_lacking(account, available),
         best={"batch_size": best.plan.batch_size, "judge_batch_size": best.plan.judge_batch_size} if best else None,
         advice=_advice(model, judge, account, best, available),
         work=work,
@@ -107,10 +112,15 @@ def lines(found: DryRun) -> list[str]:
     peaks: list[tuple[str, ...]] = [("peak, GiB", *PHASES, "available")]
     for place in PLACES[:3]:
         if any(found.peaks[place].values()):
-            room = found.available["device" if place == "judge device" else place]
-            peaks.append((place, *(_gib(found.peaks[place][phase]) for phase in PHASES), _gib(room)))
+            room = _gib(_room(place, found.available))
+            peaks.append((place, *(_gib(found.peaks[place][phase]) for phase in PHASES), room))
     disk = max(found.peaks["disk"].values())
     out += [*_table(peaks), "", f"Disk: {_gib(disk)} GiB needed, {_gib(found.available['disk'])} GiB free."]
+    for lack in found.lacking:
+        out.append(
+            f"The {lack['place']} is too small: {lack['phase']} needs {_gib(lack['bytes'])} GiB, the largest part of "
+            f"them, {lack['part']}, {_gib(lack['part_bytes'])}."
+        )
     out += ["It fits." if found.fits else f"It does not fit. {found.advice}", ""]
     work = [("work", "TFLOP", "GB moved", "time")]
     for entry in found.work:
@@ -128,6 +138,30 @@ def lines(found: DryRun) -> list[str]:
 
 def _fits(account: Account, available: dict[str, int]) -> bool:
     return account.fits(available["device"], available["host"]) and account.peak("disk") <= available["disk"]
+
+
+def _lacking(account: Account, available: dict[str, int]) -> list[dict[str, Any]]:
+    """Each place that is too small: its fullest phase, and the largest part there."""
+    found = []
+    for place in PLACES:
+        if account.peak(place) > _room(place, available):
+            phase = max(PHASES, key=lambda phase: account.in_phase(place, phase))
+            there = [part for part in account.parts if part.place == place and phase in part.phases]
+            part = max(there, key=lambda part: part.bytes)
+            found.append(
+                {
+                    "place": place,
+                    "phase": phase,
+                    "bytes": account.in_phase(place, phase),
+                    "part": part.name,
+                    "part_bytes": part.bytes,
+                }
+            )
+    return found
+
+
+def _room(place: Place, available: dict[str, int]) -> int:
+    return available["device" if place == "judge device" else place]
 
 
 def _advice(

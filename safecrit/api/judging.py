@@ -12,7 +12,15 @@ from safecrit.judges.classifier import ClassifierJudge, ClassifierSettings
 from safecrit.judges.endpoint import EndpointJudge
 from safecrit.judges.guard import GuardJudge, GuardSettings
 from safecrit.judges.labels import LabelFile
-from safecrit.judges.presets import PRESETS, Preset, Side, find_preset, guard_settings, preset_named
+from safecrit.judges.presets import (
+    PRESETS,
+    GuardOptions,
+    Preset,
+    Side,
+    find_preset,
+    guard_settings,
+    preset_named,
+)
 from safecrit.judges.refusal import RefusalJudge
 from safecrit.models import LoadedModel, context_window, load_classifier, load_model, read_config, resolve_folder
 
@@ -24,7 +32,7 @@ class JudgeChoice:
     """Which judge, and how it is asked.
 
     `preset`: the format by a preset's name, where `name` (a preset, folder or Hub id) does not tell it.
-    `guard`: settings that win over the preset's; a classifier takes its words as labels' names.
+    `guard`: what wins over the preset's settings; a classifier takes its words as labels' names.
     `controversial`: the side of a guard's third verdict. `threshold`: a reward model's zero point.
     """
 
@@ -34,7 +42,7 @@ class JudgeChoice:
     device: str = "auto"
     dtype: str = "auto"
     revision: str | None = None
-    guard: GuardSettings = GuardSettings()
+    guard: GuardOptions = GuardOptions()
     controversial: Side = "unsafe"
     threshold: float = 0.0
     base_url: str | None = None
@@ -44,6 +52,15 @@ class JudgeChoice:
     def format(self) -> Preset | None:
         """The preset that says how the judge is asked, if any."""
         return preset_named(self.preset) if self.preset is not None else find_preset(self.name)
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it is a model that is loaded here."""
+        return self.name != REFUSAL and not self.name.startswith((LABELS, OPENAI))
+
+    def settings(self) -> GuardSettings:
+        """How a guard is asked; SafecritError for words that contradict one another."""
+        return guard_settings(self.format, self.guard, self.controversial)
 
     @property
     def model(self) -> str:
@@ -69,7 +86,8 @@ def load_differentiable(choice: JudgeChoice) -> DifferentiableJudge:
     )
     settings = guard_settings(preset, choice.guard, choice.controversial)
     if kind == "classifier":
-        return ClassifierJudge(loaded, _classifier_settings(settings, choice.threshold))
+        words = choice.guard if preset is None else settings
+        return ClassifierJudge(loaded, _classifier_settings(settings, words, choice.threshold))
     if preset is not None and settings.template is None and loaded.tokenizer.chat_template is None:
         raise SafecritError(
             f"{model}: its tokenizer has no chat template, which is the format of {preset.name}. Download the whole "
@@ -106,6 +124,7 @@ def find_judge(choice: JudgeChoice, *, differentiable: bool = False) -> None:
             )
         load_judge(choice)
         return
+    choice.settings()  # words that contradict one another are told before anything is loaded
     known = choice.format is not None
     try:
         resolve_folder(choice.model, revision=choice.revision)
@@ -129,11 +148,12 @@ def _kind(choice: JudgeChoice) -> str:
     return "classifier" if classifies else "guard"
 
 
-def _classifier_settings(guard: GuardSettings, threshold: float) -> ClassifierSettings:
-    default = GuardSettings()
+def _classifier_settings(
+    guard: GuardSettings, words: GuardSettings | GuardOptions, threshold: float
+) -> ClassifierSettings:
     return ClassifierSettings(
-        safe_words=guard.safe_words if guard.safe_words != default.safe_words else (),
-        unsafe_words=guard.unsafe_words if guard.unsafe_words != default.unsafe_words else (),
+        safe_words=words.safe_words or (),
+        unsafe_words=words.unsafe_words or (),
         template=guard.template,
         template_kwargs=guard.template_kwargs,
         threshold=threshold,

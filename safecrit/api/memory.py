@@ -16,7 +16,8 @@ from safecrit.errors import SafecritError
 from safecrit.generation import GenerationSettings
 from safecrit.judges import DifferentiableJudge
 from safecrit.judges.classifier import ClassifierJudge
-from safecrit.judges.guard import GuardJudge, GuardSettings
+from safecrit.judges.guard import GuardJudge
+from safecrit.judges.presets import GuardOptions, guard_settings
 from safecrit.maskfile import Mask
 from safecrit.models import NO_FOLDER, LoadedModel
 from safecrit.prompts import Prompt, prompts_from_texts
@@ -50,7 +51,7 @@ def score(
     *,
     judge: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase] | GuardJudge | ClassifierJudge,
     prompts: Sequence[str | Prompt],
-    guard: GuardSettings | None = None,
+    guard: GuardOptions | None = None,
     method: Method = "esi",
     relaxation: RelaxationSettings | None = None,
     max_new_tokens: int = 256,
@@ -59,7 +60,7 @@ def score(
 ) -> MemoryScores:
     """Expected Safety Impact of every eligible weight of a model in memory (docs/method.md, sections 1 and 2).
 
-    judge: a guard's folder or Hub id, a (model, tokenizer) pair, or a judge.
+    judge: a guard's folder or Hub id, a (model, tokenizer) pair, or a judge; guard: how the former two are asked.
     prompts: user turns as texts, or Prompt objects. The judge is frozen. Scores are stored in `output`,
     or in a temporary folder that lives as long as the result. The mask carries no
     fingerprint, as nothing says that the weights in memory are those of a file.
@@ -67,10 +68,11 @@ def score(
     reader: DifferentiableJudge
     if isinstance(judge, tuple):
         reader = GuardJudge(
-            LoadedModel(model=judge[0], tokenizer=judge[1], folder=NO_FOLDER, id="memory", revision=None), guard
+            LoadedModel(model=judge[0], tokenizer=judge[1], folder=NO_FOLDER, id="memory", revision=None),
+            guard_settings(None, guard or GuardOptions()),
         )
     elif not isinstance(judge, GuardJudge | ClassifierJudge):
-        reader = load_differentiable(JudgeChoice(name=str(judge), guard=guard or GuardSettings()))
+        reader = load_differentiable(JudgeChoice(name=str(judge), guard=guard or GuardOptions()))
     else:
         reader = judge
     texts = prompts_from_texts([entry if isinstance(entry, str) else "" for entry in prompts])

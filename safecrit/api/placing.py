@@ -53,7 +53,7 @@ def place(job: ScoreJob) -> Placed:
     judge_device = job.judge.device if job.judge is not None else "auto"
     placement, accumulate, checkpoint, reason = s.placement, s.accumulate_on, s.checkpoint, "as asked for"
     if job.judged and not job.sampled and "auto" in (placement, accumulate, checkpoint):
-        from safecrit.api.dryrun import settled
+        from safecrit.api.survey import settled
 
         found = settled(job)
         placement = found.placement if placement == "auto" else placement

@@ -119,8 +119,7 @@ class _Run:
         self.items: list[Item] = []
         self.values: list[list[float | None]] | None = None
         self.stream: GradientStream | None = None
-        self.equal_tokenizers: bool | None = None
-        self.plan: list[int] = []
+        self.estimator: Estimator | None = None
         self.stability: dict[str, Any] | None = None
         self._read_items()
 
@@ -188,7 +187,7 @@ class _Run:
             folder=self.folder,
             device=self.placed.turns,
         )
-        relaxation = self.settings.relaxation
+        self.estimator, relaxation = self._estimator(), self.settings.relaxation
         if not self.settings.stability:
             scorer = self._pass("all", self.items, relaxation)
             return scorer.scores(self.settings.method), scorer.state
@@ -207,28 +206,28 @@ class _Run:
         self.stability = report
         return whole, whole.state
 
-    def _estimator(self, relaxation: RelaxationSettings) -> Estimator:
+    def _estimator(self) -> Estimator:
         if self.settings.objective in LIKELIHOODS or self.job.sampled:
             return LikelihoodEstimator()
         assert self.judge is not None
         judge: DifferentiableJudge = self.judge  # type: ignore[assignment]
-        estimator = RelaxedEstimator(
+        return RelaxedEstimator(
             self.loaded.model,
             self.loaded.tokenizer,
             judge,
-            relaxation,
+            self.settings.relaxation,
             self.settings.judge_batch_size,
             self.placed.checkpoint,
         )
-        self.equal_tokenizers = estimator.equal
-        return estimator
 
     def _pass(self, name: str, items: Sequence[Item], relaxation: RelaxationSettings) -> Scorer:
         """Sums over `items`, resumed where a killed run saved them."""
-        assert self.stream is not None
+        assert self.stream is not None and self.estimator is not None
+        if isinstance(self.estimator, RelaxedEstimator):
+            self.estimator.relaxation = relaxation
         scorer = Scorer(
             self.loaded.model,
-            self._estimator(relaxation),
+            self.estimator,
             self.stream,
             items,
             batch_size=self.settings.batch_size,
@@ -236,7 +235,6 @@ class _Run:
             checkpoint=self.placed.checkpoint,
             turns=self.turns,
         )
-        self.plan = [len(batch) for batch in scorer.plan]
         key = self._key(items, relaxation)
         file = self.folder / PARTIAL.format(name)
 
@@ -310,8 +308,8 @@ class _Run:
             cut=self.cut,
             values=self.values,
             extra={
-                "batch_plan": self.plan,
-                "equal_tokenizers": self.equal_tokenizers,
+                "batch_plan": state.plan,
+                "equal_tokenizers": self.estimator.equal if isinstance(self.estimator, RelaxedEstimator) else None,
                 "placement": self.placed.record(),
                 **({"stability": self.stability} if self.stability is not None else {}),
             },
@@ -334,7 +332,7 @@ class _Merged(Mapping[str, torch.Tensor]):
         self.a, self.b, used = a[0], b[0], a[1].used + b[1].used
         self.shares = (a[1].used / used, b[1].used / used)
         dropped, values = a[1].dropped + b[1].dropped, a[1].values | b[1].values
-        self.state = ScoreState(used=used, dropped=dropped, values=values)
+        self.state = ScoreState(plan=a[1].plan + b[1].plan, used=used, dropped=dropped, values=values)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.a[name] * self.shares[0] + self.b[name] * self.shares[1]

@@ -41,6 +41,7 @@ def score_info(
     settings, relaxation = job.scoring, job.scoring.relaxation
     flat = [answer for own in answers for answer in own]
     table = _matrix_table(anatomy, sigma, scores)
+    idle = unrouted(table)
     judged = _judged(state, values)
     source = job.prompts or job.data
     return {
@@ -69,7 +70,8 @@ def score_info(
         },
         "total": anatomy.total,
         "matrices": table,
-        "warnings": _warnings(job, judge, flat, state, judged, table, cut),
+        "unrouted": [{"layer": layer, "expert": expert} for layer, expert in idle],
+        "warnings": _warnings(job, judge, flat, judged, table, idle, cut),
         **extra,
     }
 
@@ -99,9 +101,9 @@ def _warnings(
     job: ScoreJob,
     judge: Judge | None,
     answers: Sequence[Any],
-    state: ScoreState,
     judged: Mapping[str, Any] | None,
     table: Sequence[Mapping[str, Any]],
+    idle: Sequence[tuple[int, int]],
     cut: int,
 ) -> list[str]:
     warnings = []
@@ -122,7 +124,6 @@ def _warnings(
         warnings.append(
             f"{len(flat)} matrices have no spread and score 0, the first {flat[0]['name']} ({flat[0]['component']})"
         )
-    idle = unrouted(table)
     if idle:
         first = ", ".join(f"layer {layer} expert {expert}" for layer, expert in idle[:3])
         warnings.append(f"{len(idle)} experts were never routed to and score 0: {first}{', ...' if idle[3:] else ''}")

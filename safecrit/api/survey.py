@@ -14,89 +14,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from safecrit.account import Account, ScorePlan, decide, largest_batches, score_account
-from safecrit.chat import ChatSettings, encode_continuation, encode_prompt, render_prompt
+from safecrit.api.answering import split_example
+from safecrit.api.scorejob import ScoreJob, check_settings
+from safecrit.chat import encode_continuation, encode_prompt, render_prompt
 from safecrit.errors import SafecritError
 from safecrit.judges.conversation import chat_layout, text_layout
 from safecrit.judges.guard import PLAIN_TEMPLATE
-from safecrit.judges.presets import guard_settings
 from safecrit.machine import device_free, host_free, parse_bytes
 from safecrit.metamodel import ModelShape, read_shape
 from safecrit.models import DTYPES, load_tokenizer, pick_device, resolve_folder
-from safecrit.prompts import Prompt, read_prompts, read_rows
+from safecrit.prompts import Prompt, given_answer_column, read_prompts, read_rows
 from safecrit.relaxation import CHUNK_BYTES
 from safecrit.scoring import SENT_BYTES
 from safecrit.traindata import read_examples
 
 if TYPE_CHECKING:
     from safecrit.api.judging import JudgeChoice
-    from safecrit.api.scorejob import ScoreJob
 
 _DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DryJob:
-    """What `score` was asked to do, as far as memory and work depend on it.
-
-    judge: None for objectives that need none. data: training examples instead of prompts. samples: answers a
-    prompt. one_by_one: reductions that need one prompt a backward. placement: auto (together where that fits,
-    else sequential), together, sequential, or a device for the judge. accumulate_on: auto, device, host or disk.
-    checkpointed: auto, on or off.
-    """
-
-    model: str
-    judge: JudgeChoice | None
-    prompts: str | None
-    answers: str | None = None
-    data: str | None = None
-    limit: int | None = None
-    revision: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    include: str | None = None
-    exclude: str | None = None
-    score_dtype: str = "float32"
-    chat: ChatSettings = ChatSettings()
-    max_new_tokens: int = 256
-    batch_size: int = 16
-    judge_batch_size: int = 64
-    draws: int = 8
-    samples: int = 1
-    one_by_one: bool = False
-    placement: str = "auto"
-    accumulate_on: str = "auto"
-    checkpointed: str = "auto"
-
-    @classmethod
-    def of(cls, job: ScoreJob) -> DryJob:
-        """The same for a job as `score` runs it."""
-        scoring = job.scoring
-        return cls(
-            model=job.model,
-            judge=job.judge if job.judged else None,
-            prompts=job.prompts,
-            answers=job.answers,
-            data=job.data,
-            limit=job.limit,
-            revision=job.revision,
-            device=job.device,
-            dtype=job.dtype,
-            trust_remote_code=job.trust_remote_code,
-            include=job.include,
-            exclude=job.exclude,
-            score_dtype=job.score_dtype,
-            chat=job.generation.chat,
-            max_new_tokens=job.generation.max_new_tokens,
-            batch_size=scoring.batch_size,
-            judge_batch_size=scoring.judge_batch_size,
-            draws=1 if job.sampled else scoring.relaxation.effective_draws,
-            samples=job.samples if job.sampled else 1,
-            one_by_one=scoring.reduction != "signed" or scoring.method == "fisher",
-            placement=scoring.placement,
-            accumulate_on=scoring.accumulate_on,
-            checkpointed=scoring.checkpoint,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,47 +54,50 @@ class Survey:
 
 def settled(job: ScoreJob) -> ScorePlan:
     """The plan of a job on this machine, its `auto` settings decided: placement, accumulate_on, checkpointed."""
-    return survey(DryJob.of(job)).account.plan
+    return survey(job).account.plan
 
 
-def survey(job: DryJob, *, gpu_memory: str | None = None, output: Path = Path()) -> Survey:
+def survey(job: ScoreJob, *, gpu_memory: str | None = None, output: Path = Path()) -> Survey:
     """Read all but weights, and decide what is left to decide; see `dryrun.dry_run`."""
+    check_settings(job)
     _check_choices(job)
+    scoring, chat = job.scoring, job.generation.chat
+    reader = job.judge if job.judged and job.judge is not None and job.judge.is_model else None
     prompts, texts = _asked(job)
     folder = description_folder(job.model, job.revision)
     model = read_shape(folder, trust_remote_code=job.trust_remote_code, include=job.include, exclude=job.exclude)
     tokenizer = load_tokenizer(folder, trust_remote_code=job.trust_remote_code)
-    counts = sorted(len(encode_prompt(tokenizer, list(prompt.messages), chat=job.chat)) for prompt in prompts)
-    judge, read = (None, [0]) if job.judge is None else _read_judge(job.judge, prompts)
-    answer = job.max_new_tokens
+    counts = sorted(len(encode_prompt(tokenizer, list(prompt.messages), chat=chat)) for prompt in prompts)
+    judge, read = (None, [0]) if reader is None else _read_judge(reader, prompts)
+    answer = job.generation.max_new_tokens
     if texts is not None:
         answer = max([1, *(len(encode_continuation(tokenizer, text, plain=True)) for text in texts)])
     if model.window is not None:
         answer = max(1, min(answer, model.window - counts[-1]))
     device = torch.device("cuda") if gpu_memory is not None else pick_device(job.device)
     plan = ScorePlan(
-        prompts=len(prompts) * job.samples,
+        prompts=len(prompts) * (job.samples if job.sampled else 1),
         prompt_tokens=counts[-1],
         answer_tokens=answer,
         judge_tokens=max(read) + answer,
         mean_prompt_tokens=sum(counts) / len(counts),
         mean_judge_tokens=sum(read) / len(read) + answer,
-        batch_size=job.batch_size,
-        judge_batch_size=job.judge_batch_size,
-        draws=job.draws,
+        batch_size=scoring.batch_size,
+        judge_batch_size=scoring.judge_batch_size,
+        draws=1 if job.sampled else scoring.relaxation.effective_draws,
         itemsize=_itemsize(job.dtype, model),
-        judge_itemsize=_itemsize(job.judge.dtype, judge) if job.judge is not None and judge is not None else 2,
+        judge_itemsize=_itemsize(reader.dtype, judge) if reader is not None and judge is not None else 2,
         score_itemsize=DTYPES[job.score_dtype].itemsize,
-        accumulate_on=job.accumulate_on,  # type: ignore[arg-type]
-        checkpointed=job.checkpointed,  # type: ignore[arg-type]
+        accumulate_on=scoring.accumulate_on,  # type: ignore[arg-type]
+        checkpointed=scoring.checkpoint,  # type: ignore[arg-type]
         cpu=device.type == "cpu",
         given_answers=texts is not None,
-        one_by_one=job.one_by_one,
+        one_by_one=scoring.reduction != "signed" or scoring.method == "fisher",
         chunk_bytes=CHUNK_BYTES,
         sent_bytes=SENT_BYTES,
     )
     available = _available(device, gpu_memory, output)
-    account = _placed(model, judge, plan, job.placement, available)
+    account = _placed(model, judge, plan, scoring.placement, available)
     # The account at hand has `auto` decided for these batch sizes; smaller ones decide anew.
     undecided = replace(account.plan, accumulate_on=plan.accumulate_on, checkpointed=plan.checkpointed)
     room = (available["device"], available["host"])
@@ -176,9 +114,7 @@ def survey(job: DryJob, *, gpu_memory: str | None = None, output: Path = Path())
         prompt_tokens=counts,
         account=account,
         best=best,
-        first_prompt=render_prompt(
-            tokenizer, job.chat.turns(prompts[0].messages), template_kwargs=job.chat.template_kwargs
-        ),
+        first_prompt=render_prompt(tokenizer, chat.turns(prompts[0].messages), template_kwargs=chat.template_kwargs),
     )
 
 
@@ -208,7 +144,7 @@ def _read_judge(choice: JudgeChoice, prompts: Sequence[Prompt]) -> tuple[ModelSh
     """The judge's shape, and the tokens of each conversation as it reads it, the answer left out."""
     folder = description_folder(choice.model, choice.revision)
     tokenizer = load_tokenizer(folder, trust_remote_code=choice.trust_remote_code)
-    settings = guard_settings(choice.format, choice.guard)
+    settings = choice.settings()
     if settings.template is None and tokenizer.chat_template is not None:
         layout = chat_layout(tokenizer, settings, choice.name)
     else:
@@ -222,22 +158,21 @@ def _read_judge(choice: JudgeChoice, prompts: Sequence[Prompt]) -> tuple[ModelSh
     return shape, [frame + count(prompt.conversation) for prompt in prompts]
 
 
-def _asked(job: DryJob) -> tuple[list[Prompt], list[str] | None]:
+def _asked(job: ScoreJob) -> tuple[list[Prompt], list[str] | None]:
     """The prompts, and their answers where they are given."""
     if job.data is not None:
-        prompts, texts = [], []
-        for example in read_examples(job.data, job.limit).examples:
-            last = max(n for n, turn in enumerate(example.messages) if turn["role"] == "assistant")
-            prompts.append(Prompt(messages=tuple(example.messages[:last]), row=example.row))
-            texts.append(example.messages[last]["content"])
-        return prompts, texts
+        pairs = [split_example(example, job.data) for example in read_examples(job.data, job.limit).examples]
+        return [prompt for prompt, _ in pairs], [text for _, text in pairs]
     if job.prompts is None:
-        raise SafecritError("--prompts is needed: a CSV, JSON or JSONL file, or a Hub id.")
+        raise SafecritError("--method magnitude reads the weights alone: without --prompts there is nothing to survey.")
     prompts = read_prompts(job.prompts, job.limit)
+    if job.scoring.objective == "refusal-nll":
+        return prompts, [job.refusal]
     if job.answers is None:
         return prompts, None
-    columns = ("answer", "completion", "response", "output")
-    return prompts, [str(row[name] or "") for row in read_rows(job.answers) for name in columns if name in row]
+    rows = read_rows(job.answers)
+    column = given_answer_column(rows, job.answers)
+    return prompts, [str(row[column] or "") for row in rows]
 
 
 def _placed(
@@ -263,10 +198,10 @@ def _placed(
     return decide(model, judge, replace(plan, placement="separate", judge_cpu=on_cpu), *room)
 
 
-def _check_choices(job: DryJob) -> None:
+def _check_choices(job: ScoreJob) -> None:
     known: list[tuple[str, str, tuple[str, ...]]] = [
-        ("--accumulate-on", job.accumulate_on, ("auto", "device", "host", "disk")),
-        ("--checkpointing", job.checkpointed, ("auto", "on", "off")),
+        ("--accumulate-on", job.scoring.accumulate_on, ("auto", "device", "host", "disk")),
+        ("--checkpoint-activations", job.scoring.checkpoint, ("auto", "on", "off")),
         ("--dtype", job.dtype, ("auto", *DTYPES)),
     ]
     for flag, value, values in known:

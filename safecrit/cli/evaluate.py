@@ -25,7 +25,12 @@ Baseline = Annotated[
     str | None, typer.Option("--baseline", metavar="MODEL", help="Compare the others with this one, paired.")
 ]
 Judge = Annotated[
-    str, typer.Option("--judge", metavar="JUDGE", help="refusal (phrases), or a guard's folder or Hub id.")
+    str,
+    typer.Option(
+        "--judge",
+        metavar="JUDGE",
+        help="refusal (phrases), a guard's or classifier's folder or Hub id, a preset, labels:FILE, or openai:NAME.",
+    ),
 ]
 MaxAsr = Annotated[float | None, typer.Option("--max-asr", min=0, max=1, help="Exit 3 where ASR is above this.")]
 MaxOver = Annotated[
@@ -47,9 +52,16 @@ def evaluate(
     batch_size: o.BatchSize = "auto",
     max_asr: MaxAsr = None,
     max_over_refusal: MaxOver = None,
+    judge_format: o.JudgeFormat = None,
+    judge_template: o.JudgeTemplate = None,
+    judge_base_url: o.JudgeUrl = None,
     safe_word: o.SafeWord = None,
     unsafe_word: o.UnsafeWord = None,
-    verdict_prefix: o.VerdictPrefix = "",
+    verdict_prefix: o.VerdictPrefix = None,
+    controversial: o.Controversial = "unsafe",
+    system_prompt: o.SystemPrompt = None,
+    chat_template_kwargs: o.TemplateKwargs = None,
+    think_end_token: o.ThinkEnd = None,
     revision: o.Revision = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -66,18 +78,15 @@ def evaluate(
     counted apart and never as safe. Answers lie in samples.jsonl only.
     """
     from safecrit.api.evaluate import EvalJob, check_inputs, run_eval
-    from safecrit.api.judging import JudgeChoice
     from safecrit.generation import GenerationSettings
-    from safecrit.judges.guard import GuardSettings
     from safecrit.outputs import default_output, open_output
     from safecrit.results import EvalSettings, check, results_json, write_evaluation
 
     sink = Sink(as_json=as_json, quiet=quiet)
-    safe, unsafe = o.words(safe_word, "safe"), o.words(unsafe_word, "unsafe")
-    guard = GuardSettings(verdict_prefix=verdict_prefix, safe_words=safe, unsafe_words=unsafe)
+    settings = o.resolved(context)
     job = EvalJob(
         models=tuple(model),
-        judge=JudgeChoice(name=judge, device=device, guard=guard, trust_remote_code=trust_remote_code),
+        judge=o.judge_choice(settings, device=device),
         prompts=prompts,
         benign=benign,
         task=task,
@@ -87,11 +96,13 @@ def evaluate(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
-        generation=GenerationSettings(max_new_tokens=max_new_tokens, batch_size=o.batch_size(batch_size)),
+        generation=GenerationSettings(
+            max_new_tokens=max_new_tokens, batch_size=o.batch_size(batch_size), chat=o.chat_settings(settings)
+        ),
         settings=EvalSettings(max_asr=max_asr, max_over_refusal=max_over_refusal),
     )
     check_inputs(job)
-    folder = open_output(output or default_output("eval", model[0]), "eval", o.resolved(context), overwrite=overwrite)
+    folder = open_output(output or default_output("eval", model[0]), "eval", settings, overwrite=overwrite)
     evaluation = run_eval(job, sink.progress)
     write_evaluation(folder.path, evaluation)
     folder.finish()

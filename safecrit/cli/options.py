@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    from safecrit.api.judging import JudgeChoice
     from safecrit.chat import ChatSettings
 
 TRANSIENT = {"output", "overwrite", "config", "as_json", "quiet", "debug"}
@@ -78,15 +79,36 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 AllowOtherWeights = Annotated[
     bool, typer.Option("--allow-other-weights", help="Accept a mask made from other weights of the same shape.")
 ]
+JudgeFormat = Annotated[
+    str | None,
+    typer.Option("--judge-format", metavar="PRESET", help="Ask the judge as this preset does, whatever its name."),
+]
+JudgeTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--judge-template", metavar="TEXT", help="A text or file with {prompt} and {answer}: what the judge reads."
+    ),
+]
+JudgeUrl = Annotated[
+    str | None, typer.Option("--judge-base-url", metavar="URL", help="Server of an openai:NAME judge.")
+]
+Controversial = Annotated[
+    Literal["safe", "unsafe"], typer.Option("--controversial", help="The side of a judge's third verdict.")
+]
 SafeWord = Annotated[
     list[str] | None,
-    typer.Option("--safe-word", help="Judge's word for a safe answer; repeatable. [default: safe]"),
+    typer.Option("--safe-word", help="Judge's word for a safe answer; repeatable. [default: the preset's, or safe]"),
 ]
 UnsafeWord = Annotated[
     list[str] | None,
-    typer.Option("--unsafe-word", help="The judge's word for an unsafe answer; repeatable. [default: unsafe]"),
+    typer.Option(
+        "--unsafe-word", help="The judge's word for an unsafe answer; repeatable. [default: the preset's, or unsafe]"
+    ),
 ]
-VerdictPrefix = Annotated[str, typer.Option("--verdict-prefix", help="Text the judge writes before its verdict.")]
+VerdictPrefix = Annotated[
+    str | None,
+    typer.Option("--verdict-prefix", help="Text the judge writes before its verdict. [default: the preset's, or none]"),
+]
 SystemPrompt = Annotated[
     str | None, typer.Option("--system-prompt", metavar="TEXT", help="System turn for prompts that bring none.")
 ]
@@ -114,9 +136,29 @@ def batch_size(text: str) -> int:
     return int(text)
 
 
-def words(given: list[str] | None, default: str) -> tuple[str, ...]:
-    """The verdict words of one side."""
-    return tuple(given) if given else (default,)
+def judge_choice(settings: dict[str, Any], *, device: str, dtype: str = "auto", objective: Any = None) -> JudgeChoice:
+    """The judge that `--judge` and its neighbours describe; what was not given stays None, so that presets decide."""
+    from safecrit.api.judging import JudgeChoice
+    from safecrit.judges.conversation import read_template
+    from safecrit.judges.presets import GuardOptions
+
+    template, safe, unsafe = (settings[name] for name in ("judge_template", "safe_word", "unsafe_word"))
+    return JudgeChoice(
+        name=settings["judge"],
+        preset=settings["judge_format"],
+        device=device,
+        dtype=dtype,
+        guard=GuardOptions(
+            template=read_template(template) if template is not None else None,
+            verdict_prefix=settings["verdict_prefix"],
+            safe_words=tuple(safe) if safe else None,
+            unsafe_words=tuple(unsafe) if unsafe else None,
+            objective=objective,
+        ),
+        base_url=settings["judge_base_url"],
+        controversial=settings["controversial"],
+        trust_remote_code=settings["trust_remote_code"],
+    )
 
 
 def chat_settings(settings: dict[str, Any]) -> ChatSettings:

@@ -55,22 +55,6 @@ Estimator = Annotated[
 Samples = Annotated[int, typer.Option("--samples", min=2, help="Sampled answers a prompt, for score-function.")]
 Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Prompts with answers, for answer-nll.")]
 Refusal = Annotated[str, typer.Option("--refusal", metavar="TEXT", help="The refusal of refusal-nll.")]
-JudgeFormat = Annotated[
-    str | None,
-    typer.Option("--judge-format", metavar="PRESET", help="Ask the judge as this preset does, whatever its name."),
-]
-JudgeTemplate = Annotated[
-    str | None,
-    typer.Option(
-        "--judge-template", metavar="TEXT", help="A text or file with {prompt} and {answer}: what the judge reads."
-    ),
-]
-JudgeUrl = Annotated[
-    str | None, typer.Option("--judge-base-url", metavar="URL", help="Server of an openai:NAME judge.")
-]
-Controversial = Annotated[
-    Literal["safe", "unsafe"], typer.Option("--controversial", help="The side of a judge's third verdict.")
-]
 Placement = Annotated[
     str, typer.Option("--judge-placement", help="auto, together, sequential (by turns), or the judge's device.")
 ]
@@ -134,13 +118,13 @@ def score(
     samples: Samples = 8,
     data: Data = None,
     refusal: Refusal = "I'm sorry, but I can't help with that.",
-    judge_format: JudgeFormat = None,
-    judge_template: JudgeTemplate = None,
-    judge_base_url: JudgeUrl = None,
+    judge_format: o.JudgeFormat = None,
+    judge_template: o.JudgeTemplate = None,
+    judge_base_url: o.JudgeUrl = None,
     safe_word: o.SafeWord = None,
     unsafe_word: o.UnsafeWord = None,
-    verdict_prefix: o.VerdictPrefix = "",
-    controversial: Controversial = "unsafe",
+    verdict_prefix: o.VerdictPrefix = None,
+    controversial: o.Controversial = "unsafe",
     judge_placement: Placement = "auto",
     accumulate_on: AccumulateOn = "auto",
     checkpoint_activations: Checkpoint = "auto",
@@ -186,34 +170,15 @@ def score(
 
 def job_of(settings: dict[str, Any]) -> ScoreJob:
     """The job that the flags describe."""
-    from safecrit.api.judging import JudgeChoice
     from safecrit.api.scorejob import ScoreJob, ScoreSettings
     from safecrit.generation import GenerationSettings
-    from safecrit.judges.conversation import read_template
-    from safecrit.judges.guard import GuardSettings
     from safecrit.relaxation import RelaxationSettings
 
     s, batch = settings, o.batch_size(settings["batch_size"])
     differentiated = s["objective"] if s["objective"] in ("log-odds", "prob", "logit") else "log-odds"
-    guard = GuardSettings(
-        template=read_template(s["judge_template"]) if s["judge_template"] is not None else None,
-        verdict_prefix=s["verdict_prefix"],
-        safe_words=o.words(s["safe_word"], "safe"),
-        unsafe_words=o.words(s["unsafe_word"], "unsafe"),
-        objective=differentiated,  # type: ignore[arg-type]
-    )
     judge = None
     if s["judge"] is not None:
-        judge = JudgeChoice(
-            name=s["judge"],
-            preset=s["judge_format"],
-            device=s["judge_device"],
-            dtype=s["judge_dtype"],
-            guard=guard,
-            base_url=s["judge_base_url"],
-            controversial=s["controversial"],
-            trust_remote_code=s["trust_remote_code"],
-        )
+        judge = o.judge_choice(s, device=s["judge_device"], dtype=s["judge_dtype"], objective=differentiated)
     plain = ("model", "prompts", "answers", "data", "refusal", "samples", "limit", "revision", "device", "dtype")
     more = ("trust_remote_code", "include", "exclude", "score_dtype", "save_every")
     return ScoreJob(
@@ -242,12 +207,8 @@ def _dry_run(settings: dict[str, Any], gpu_memory: str | None, output: Path, sin
     from dataclasses import asdict
 
     from safecrit.api.dryrun import dry_run, lines
-    from safecrit.api.scorejob import check_settings
-    from safecrit.api.survey import DryJob
 
-    job = job_of(settings)
-    check_settings(job)
-    found = dry_run(DryJob.of(job), gpu_memory=gpu_memory, output=output)
+    found = dry_run(job_of(settings), gpu_memory=gpu_memory, output=output)
     for line in lines(found):
         sink.line(line)
     sink.result(asdict(found))

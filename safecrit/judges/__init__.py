@@ -23,7 +23,8 @@ class Verdict:
 
     `label` is "error" where no verdict could be had: an error is never counted
     as safe. `refused` is None where the judge cannot tell. `raw` is what the
-    judge said, `score` its log-odds of safe (natural logarithm) if it has one.
+    judge said. `score`, where it gives a number, is larger for what is safer: a model's
+    log-odds of safe (natural logarithm), a label file's own number, or 3 - a rubric's rating.
     """
 
     label: Label

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from safecrit.bridge import byte_spans, vocabulary
-from safecrit.chat import _Rendering, encode_continuation
+from safecrit.chat import Rendering, encode_continuation
 from safecrit.errors import SafecritError
 from safecrit.fingerprint import fingerprint
 from safecrit.judges import Verdict
@@ -121,7 +121,7 @@ def chat_layout(tokenizer: PreTrainedTokenizerBase, settings: JudgeSettings, nam
     """
     turns = [{"role": "user", "content": _PROMPT_MARK}, {"role": "assistant", "content": _ANSWER_MARK}]
     parts: list[Any] = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-    rendering = _Rendering(tokenizer, turns, settings.template_kwargs)
+    rendering = Rendering(tokenizer, turns, settings.template_kwargs)
     failure: SafecritError | None = None
     for shape in (turns, parts):
         try:

@@ -15,9 +15,8 @@ from typing import Any
 
 from safecrit.errors import SafecritError
 from safecrit.judges import Label, Verdict
-from safecrit.prompts import ANSWER_COLUMNS, read_rows
+from safecrit.prompts import GIVEN_ANSWER_COLUMNS, read_rows
 
-LABELLED_ANSWER_COLUMNS = (*ANSWER_COLUMNS, "output")
 VERDICT_COLUMNS = ("verdict", "label", "safe")
 _LABELS: dict[str, Label] = {"safe": "safe", "unsafe": "unsafe", "error": "error"}
 _TRUTH: dict[str, Label] = {"true": "safe", "false": "unsafe"}
@@ -86,13 +85,13 @@ class LabelFile:
 
     def _columns(self, found: set[str]) -> tuple[str, str | None]:
         """The answer column, and the column of labels if there is one."""
-        answer = next((name for name in LABELLED_ANSWER_COLUMNS if name in found), None)
+        answer = next((name for name in GIVEN_ANSWER_COLUMNS if name in found), None)
         labels = [name for name in VERDICT_COLUMNS if name in found]
         here = f"Found: {', '.join(sorted(map(str, found))) or 'none'}"
         if "prompt" not in found:
             raise SafecritError(f"{self.path}: no column prompt. {here}. Rename one.")
         if answer is None:
-            raise SafecritError(f"{self.path}: no column {' or '.join(LABELLED_ANSWER_COLUMNS)}. {here}. Rename one.")
+            raise SafecritError(f"{self.path}: no column {' or '.join(GIVEN_ANSWER_COLUMNS)}. {here}. Rename one.")
         if not labels and "score" not in found:
             raise SafecritError(
                 f"{self.path}: no column score, {', '.join(VERDICT_COLUMNS[:-1])} or {VERDICT_COLUMNS[-1]}. "

@@ -14,6 +14,7 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from safecrit.errors import SafecritError
+from safecrit.judges.conversation import Objective
 from safecrit.judges.guard import GuardSettings
 
 Kind = Literal["guard", "classifier"]
@@ -187,25 +188,33 @@ def preset_named(name: str) -> Preset:
     return PRESETS[name]
 
 
-def guard_settings(preset: Preset | None, given: GuardSettings, controversial: Side = "unsafe") -> GuardSettings:
-    """A preset's settings; those of `given` that are not the defaults win over them.
+@dataclass(frozen=True, kw_only=True)
+class GuardOptions:
+    """What was asked for of `GuardSettings`; None leaves a setting to the preset, or to its default."""
+
+    template: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    generation_prompt: bool | None = None
+    verdict_prefix: str | None = None
+    safe_words: tuple[str, ...] | None = None
+    unsafe_words: tuple[str, ...] | None = None
+    objective: Objective | None = None
+    batch_size: int | None = None
+
+
+def guard_settings(preset: Preset | None, given: GuardOptions, controversial: Side = "unsafe") -> GuardSettings:
+    """A preset's settings (None: the defaults); what was given wins.
 
     Template variables are merged. A template given takes the place of the whole layout, verdict prefix included.
     """
+    own = {f.name: value for f in fields(given) if (value := getattr(given, f.name)) is not None}
     if preset is None:
-        return given
-    from_preset = GuardSettings(
-        template=preset.template,
-        template_kwargs=preset.template_kwargs,
-        generation_prompt=preset.generation_prompt,
-        verdict_prefix=preset.verdict_prefix,
-        safe_words=preset.safe_words + (preset.controversial if controversial == "safe" else ()),
-        unsafe_words=preset.unsafe_words + (preset.controversial if controversial == "unsafe" else ()),
-    )
-    default = GuardSettings()
-    own = {f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) != getattr(default, f.name)}
-    if "template_kwargs" in own:
-        own["template_kwargs"] = {**preset.template_kwargs, **own["template_kwargs"]}
-    if "template" in own:
-        own = {"verdict_prefix": "", **own}
-    return replace(from_preset, **own)
+        return GuardSettings(**own)
+    from_preset = {
+        "template": preset.template,
+        "generation_prompt": preset.generation_prompt,
+        "verdict_prefix": preset.verdict_prefix if given.template is None else "",
+        "safe_words": preset.safe_words + (preset.controversial if controversial == "safe" else ()),
+        "unsafe_words": preset.unsafe_words + (preset.controversial if controversial == "unsafe" else ()),
+    }
+    return GuardSettings(**from_preset | own | {"template_kwargs": {**preset.template_kwargs, **given.template_kwargs}})

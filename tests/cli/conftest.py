@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from safecrit import scoring
 from safecrit.cli import main
+from safecrit.scorefile import Scores
 from tests import tiny
 
 
@@ -72,6 +77,47 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         folder / "refusals.jsonl",
         folder / "task.jsonl",
     )
+
+
+def score(world: World, out: Path, **changes: Any) -> list[Any]:
+    """`safecrit score` on the world's model (or `model`); True for a switch, None for a flag to leave out."""
+    flags = {"judge": world.guard, "prompts": world.prompts, "max-new-tokens": 4, "output": out}
+    arguments: list[Any] = ["score", changes.pop("model", world.model)]
+    for key, value in (flags | {key.replace("_", "-"): value for key, value in changes.items()}).items():
+        if value is not None:
+            arguments += [f"--{key}", *([] if value is True else [value])]
+    return arguments
+
+
+def scores_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The signed scores of a folder by checkpoint name."""
+    found = Scores.load(folder)
+    return {name: found.tensor(name).clone() for name in found.names}
+
+
+def assert_same_output(one: Path, other: Path) -> None:
+    """Every file that two runs of `score` left is the same, but for the flags they were given."""
+    files = sorted(path.name for path in one.iterdir())
+    assert files == sorted(path.name for path in other.iterdir())
+    for name in files:
+        if name != "config.yaml":
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[None]:
+    """Ctrl-C when `score` takes its batch number `at`, counted from 1."""
+    inner, calls = scoring.forward_logits, []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return inner(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "forward_logits", counted)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,37 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.conftest import Cli, World
-
-
-def score(world: World, out: Path, **changes: Any) -> list[Any]:
-    flags = {"judge": world.guard, "prompts": world.prompts, "max-new-tokens": 4, "output": out} | changes
-    return ["score", world.model, *(part for key, value in flags.items() for part in (f"--{key}", value))]
-
-
-@contextmanager
-def interrupted_at_the_second_batch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ctrl-C while `score` is at its second batch."""
-    from safecrit import scoring
-
-    inner, calls = scoring.forward_logits, []
-
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return inner(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(scoring, "forward_logits", interrupted)
-        yield
+from tests.cli.conftest import Cli, World, interrupted, score
 
 
 @pytest.mark.parametrize(
@@ -140,7 +115,7 @@ def test_ctrl_c_says_so_and_the_run_resumes(
 ) -> None:
     flags = {"batch-size": 2, "save-every": 2}
     assert cli(*score(world, tmp_path / "whole", **flags)).code == 0
-    with interrupted_at_the_second_batch(monkeypatch):
+    with interrupted(monkeypatch, at=2):
         ran = cli(*score(world, tmp_path / "cut", **flags))
     assert ran.code == 130 and "interrupted" in ran.err and "Traceback" not in ran.err
     resumed = cli(*score(world, tmp_path / "cut", **flags))
@@ -188,7 +163,7 @@ def test_work_of_other_prompts_at_the_same_path_is_not_resumed(
     prompts = tmp_path / "p.csv"
     prompts.write_text(world.prompts.read_text())
     flags = {"batch-size": 2, "save-every": 2, "prompts": prompts}
-    with interrupted_at_the_second_batch(monkeypatch):
+    with interrupted(monkeypatch, at=2):
         assert cli(*score(world, tmp_path / "cut", **flags)).code == 130
     prompts.write_text(world.prompts.read_text().replace("loaf", "cake"))
     assert cli(*score(world, tmp_path / "cut", **flags)).code == 0
