@@ -5,8 +5,8 @@ resident set's high-water mark (VmHWM, which /proc/self/clear_refs resets) is re
 activations are also measured alone: the peak of the same forward and backward with all weights frozen but one
 bias. The bound of the last line: 1.1 x (model + judge + 4 bytes a score + largest gradient + those activations
 + the relaxation's buffers). Loaded weights are mapped files, so they show when they are first used, not when loaded.
-The whole process is what `--dry-run` foretells: the libraries' own memory, some of which is taken on a kernel's
-first use, included.
+The whole process is what `--dry-run` foretells, the libraries' own memory included. The model is scored twice and
+the second time is measured, as some of that memory is taken when a kernel is first used.
 """
 
 from __future__ import annotations
@@ -162,8 +162,9 @@ def child(root: Path, mode: str) -> dict[str, Any]:
             ),
         )
 
-    # The guard scored by itself: all libraries are loaded then, and all that hangs on the tokenizer is made.
-    warm = load_model(str(root / "guard"), device="cpu")
+    # Scored once before: all libraries are loaded then, oneDNN has compiled its kernels for these shapes (some
+    # 100 MiB of code for bfloat16), and all that hangs on the tokenizer is made.
+    warm = load_model(str(root / "model"), device="cpu")
     api.score_loaded(warm, load_differentiable(guard_choice), prompts, job_of(warm), root / f"warm-{mode}")
     del warm
     reset()
