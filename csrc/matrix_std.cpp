@@ -1,0 +1,273 @@
+// The CPU kernel of matrix_std.
+//
+// Sums of x and x^2 in 24 float64 lanes: a float32's square is exact in float64. Where a tile's mean is large beside
+// its deviations, so that the difference would cancel, the tile, which is in cache, is summed again around its mean.
+#include "matrix_std.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <type_traits>
+
+#include "check.h"
+#include "simd.h"
+#include "threads.h"
+
+namespace safecrit {
+namespace {
+
+using Doubles = double __attribute__((vector_size(64)));
+using Floats = float __attribute__((vector_size(32)));
+using Words = uint32_t __attribute__((vector_size(32)));
+using Halves = uint16_t __attribute__((vector_size(16)));
+
+constexpr int kWidth = 8, kGroups = 3, kStep = kWidth * kGroups;  // sums and squares fill 12 of AVX2's 16 registers
+constexpr int64_t kTile = 512 * kStep;                             // 48 KiB of float32, a first-level cache
+constexpr int64_t kMostBlocks = int64_t{1} << 16;
+constexpr size_t kMostDims = 64;  // as in torch
+constexpr double kCancels = 0.01;  // deviations below this share of the squares: two digits of 16 are lost
+
+// Number of elements, their mean, and the sum of squared deviations from it.
+struct Moments {
+    int64_t count = 0;
+    double mean = 0, squares = 0;
+
+    void add(const Moments& other) {
+        if (other.count == 0) return;
+        const double delta = other.mean - mean, total = static_cast<double>(count + other.count);
+        const double share = static_cast<double>(other.count) / total;
+        squares += other.squares + delta * delta * static_cast<double>(count) * share;
+        mean += delta * share;
+        count += other.count;
+    }
+};
+
+template <typename Format>
+SAFECRIT_INLINE void load(const typename Format::Storage* from, Doubles& to) {
+    if constexpr (std::is_same_v<Format, Float32>) {
+        Floats values;
+        std::memcpy(&values, from, sizeof values);
+        to = __builtin_convertvector(values, Doubles);
+    } else {
+        Halves halves;
+        std::memcpy(&halves, from, sizeof halves);
+        const Words words = __builtin_convertvector(halves, Words);
+        if constexpr (std::is_same_v<Format, Bfloat16>) {
+            to = __builtin_convertvector(reinterpret_cast<Floats>(words << 16), Doubles);
+        } else {  // as Float16::value; infinities become NaN, which gives the same result
+            const Words scale = Words{} + ((127u + 112u) << 23);
+            const Floats magnitude = reinterpret_cast<Floats>((words & 0x7fffu) << 13) * reinterpret_cast<Floats>(scale);
+            const Words special = reinterpret_cast<Words>((words & 0x7c00u) == 0x7c00u) & 0x7fc00000u;
+            const Words bits = reinterpret_cast<Words>(magnitude) | (words & 0x8000u) << 16 | special;
+            to = __builtin_convertvector(reinterpret_cast<Floats>(bits), Doubles);
+        }
+    }
+}
+
+// Sums of x - centre and of its square.
+template <typename Format, bool centred>
+SAFECRIT_INLINE void sums(const typename Format::Storage* values, int64_t count, double centre, double& sum,
+                          double& square) {
+    Doubles sum_lanes[kGroups] = {}, square_lanes[kGroups] = {};
+    const int64_t whole = count - count % kStep;
+    for (int64_t i = 0; i < whole; i += kStep) {
+        for (int group = 0; group < kGroups; ++group) {
+            Doubles x;
+            load<Format>(values + i + group * kWidth, x);
+            if constexpr (centred) x -= centre;
+            sum_lanes[group] += x;
+            square_lanes[group] += x * x;
+        }
+    }
+    sum = square = 0;
+    for (int64_t i = whole; i < count; ++i) {
+        const double x = static_cast<double>(Format::load(values[i])) - (centred ? centre : 0.0);
+        sum += x;
+        square += x * x;
+    }
+    for (int group = 0; group < kGroups; ++group) {
+        for (int lane = 0; lane < kWidth; ++lane) {
+            sum += sum_lanes[group][lane];
+            square += square_lanes[group][lane];
+        }
+    }
+}
+
+template <typename Format>
+SAFECRIT_INLINE Moments tile(const void* data, int64_t count) {
+    const auto* values = static_cast<const typename Format::Storage*>(data);
+    const double size = static_cast<double>(count);
+    double sum, square;
+    sums<Format, false>(values, count, 0, sum, square);
+    const double squares = square - sum / size * sum;
+    if (squares > kCancels * square) return {count, sum / size, squares};
+    const double centre = sum / size;
+    sums<Format, true>(values, count, centre, sum, square);
+    const double again = square - sum / size * sum;
+    return {count, centre + sum / size, again < 0 ? 0 : again};
+}
+
+using Tile = Moments (*)(const void*, int64_t);
+
+template <typename Format>
+Moments tile_plain(const void* data, int64_t count) {
+    return tile<Format>(data, count);
+}
+
+#if SAFECRIT_X86_VARIANTS
+template <typename Format>
+SAFECRIT_AVX2 Moments tile_avx2(const void* data, int64_t count) {
+    return tile<Format>(data, count);
+}
+
+template <typename Format>
+SAFECRIT_AVX512 Moments tile_avx512(const void* data, int64_t count) {
+    return tile<Format>(data, count);
+}
+#endif
+
+template <typename Format>
+Tile pick() {
+#if SAFECRIT_X86_VARIANTS
+    return pick_variant<Tile>(tile_plain<Format>, tile_avx2<Format>, tile_avx512<Format>);
+#else
+    return tile_plain<Format>;
+#endif
+}
+
+Tile pick(Dtype dtype) {
+    switch (dtype) {
+        case Dtype::bfloat16: return pick<Bfloat16>();
+        case Dtype::float16: return pick<Float16>();
+        case Dtype::float32: break;
+    }
+    return pick<Float32>();
+}
+
+// A checked matrix, its dimensions by descending stride and merged where they follow one another.
+struct Walk {
+    const char* data;
+    std::vector<int64_t> shape, strides;
+    int64_t count = 1;
+
+    Walk(const Matrix& matrix, int64_t item) : data(static_cast<const char*>(matrix.data)) {
+        require(matrix.shape.size() == matrix.strides.size(), "as many strides as sizes are needed");
+        require(matrix.shape.size() <= kMostDims, "more than 64 dimensions");
+        for (const int64_t size : matrix.shape) require(size >= 0, "negative size or stride");
+        int64_t reach = 1;
+        for (size_t d = 0; d < matrix.shape.size(); ++d) {
+            count = matrix.shape[d] == 0 ? 0 : checked_product(count, matrix.shape[d]);
+            reach += checked_product(std::max<int64_t>(matrix.shape[d] - 1, 0), matrix.strides[d]);
+            require(reach <= kMostBytes, "sizes and strides are too large");
+        }
+        check_memory({"weight", matrix.data, count == 0 ? 0 : reach, item, false});
+        std::vector<size_t> order(matrix.shape.size());
+        std::iota(order.begin(), order.end(), size_t{0});
+        std::stable_sort(order.begin(), order.end(),
+                         [&](size_t a, size_t b) { return matrix.strides[a] > matrix.strides[b]; });
+        for (const size_t d : order) {
+            if (matrix.shape[d] == 1) continue;
+            if (!shape.empty() && strides.back() == matrix.shape[d] * matrix.strides[d]) {
+                shape.back() *= matrix.shape[d];
+                strides.back() = matrix.strides[d];
+            } else {
+                shape.push_back(matrix.shape[d]);
+                strides.push_back(matrix.strides[d]);
+            }
+        }
+        if (shape.empty()) {
+            shape.push_back(count);
+            strides.push_back(1);
+        }
+    }
+
+    // Elements [begin, begin + size) side by side: where they lie, or copied to `buffer`.
+    template <typename Item>
+    const void* gather(int64_t begin, int64_t size, Item* buffer) const {
+        const auto* items = reinterpret_cast<const Item*>(data);
+        const size_t last = shape.size() - 1;
+        std::array<int64_t, kMostDims> place;
+        int64_t rest = begin, offset = 0;
+        for (size_t d = shape.size(); d-- > 0; rest /= shape[d]) {
+            place[d] = rest % shape[d];
+            offset += place[d] * strides[d];
+        }
+        if (strides[last] == 1 && shape[last] - place[last] >= size) return items + offset;
+        for (int64_t done = 0; done < size;) {
+            const int64_t run = std::min(shape[last] - place[last], size - done);
+            if (strides[last] == 1) {
+                std::memcpy(buffer + done, items + offset, static_cast<size_t>(run) * sizeof(Item));
+            } else {
+                for (int64_t i = 0; i < run; ++i) buffer[done + i] = items[offset + i * strides[last]];
+            }
+            done += run;
+            place[last] += run;
+            offset += run * strides[last];
+            for (size_t d = last; d > 0 && place[d] == shape[d]; --d) {
+                offset += strides[d - 1] - shape[d] * strides[d];
+                place[d] = 0;
+                ++place[d - 1];
+            }
+        }
+        return buffer;
+    }
+};
+
+// Tiles [begin, end) of one matrix.
+struct Block {
+    const Walk* walk;
+    int64_t begin, end;
+};
+
+Moments moments(const Block& block, Dtype dtype, Tile kernel, uint32_t* buffer) {
+    Moments found;
+    for (int64_t start = block.begin * kTile; start < std::min(block.end * kTile, block.walk->count); start += kTile) {
+        const int64_t size = std::min(kTile, block.walk->count - start);
+        const void* values = dtype == Dtype::float32
+                                 ? block.walk->gather(start, size, buffer)
+                                 : block.walk->gather(start, size, reinterpret_cast<uint16_t*>(buffer));
+        found.add(kernel(values, size));
+    }
+    return found;
+}
+
+}  // namespace
+
+std::vector<double> matrix_std_cpu(const std::vector<Matrix>& matrices, Dtype dtype, int threads) {
+    check_dtype(static_cast<int>(dtype));
+    check_threads(threads);
+    std::vector<Walk> walks;
+    walks.reserve(matrices.size());
+    for (const Matrix& matrix : matrices) walks.emplace_back(matrix, item_size(dtype));
+    std::vector<Block> blocks;
+    int64_t total = 0;
+    for (const Walk& walk : walks) {
+        const int64_t tiles = (walk.count + kTile - 1) / kTile, length = (tiles + kMostBlocks - 1) / kMostBlocks;
+        for (int64_t begin = 0; begin < tiles; begin += length) blocks.push_back({&walk, begin, begin + length});
+        total += walk.count;
+    }
+    const Tile kernel = pick(dtype);
+    std::vector<Moments> found(blocks.size());
+    const auto count = static_cast<int64_t>(blocks.size());
+    // Each part needs a buffer, made here, where running out of memory can be reported.
+    const int parts = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(count, 1)));
+    std::vector<uint32_t> buffers(static_cast<size_t>(parts) * kTile);
+    parallel_for(count, total / std::max<int64_t>(count, 1), parts, [&](int64_t begin, int64_t end, int part) {
+        for (int64_t i = begin; i < end; ++i) {
+            const auto at = static_cast<size_t>(i);
+            found[at] = moments(blocks[at], dtype, kernel, buffers.data() + static_cast<size_t>(part) * kTile);
+        }
+    });
+    std::vector<double> result;
+    size_t next = 0;
+    for (const Walk& walk : walks) {
+        Moments all;
+        for (; next < blocks.size() && blocks[next].walk == &walk; ++next) all.add(found[next]);
+        result.push_back(all.count < 2 ? 0.0 : std::sqrt(all.squares / static_cast<double>(all.count - 1)));
+    }
+    return result;
+}
+
+}  // namespace safecrit
