@@ -30,6 +30,16 @@ SAFECRIT_INLINE void update(float& weight, float grad, float& exp_avg, float& ex
     weight = with.keep * weight - with.step_size * exp_avg / (std::sqrt(exp_avg_sq) + with.eps);
 }
 
+// `old` where `frozen` is all ones, `updated` where it is 0. From ?: the compiler makes a masked store, which halves
+// the speed from memory.
+SAFECRIT_INLINE uint32_t pick_bits(uint32_t frozen, uint32_t old, uint32_t updated) {
+    return (old & frozen) | (updated & ~frozen);
+}
+
+SAFECRIT_INLINE float pick(uint32_t frozen, float old, float updated) {
+    return from_bits(pick_bits(frozen, to_bits(old), to_bits(updated)));
+}
+
 template <typename Format>
 SAFECRIT_INLINE void widen_as(const void* from, int64_t start, int64_t count, float* to) {
     const auto* values = static_cast<const typename Format::Storage*>(from) + start;
@@ -50,8 +60,8 @@ template <typename Format>
 SAFECRIT_INLINE void narrow_as(void* to, int64_t start, int64_t count, const float* from, const uint32_t* frozen) {
     auto* values = static_cast<typename Format::Storage*>(to) + start;
     for (int64_t i = 0; i < count; ++i) {
-        const auto rounded = Format::store(from[i]);
-        values[i] = frozen[i] ? values[i] : rounded;
+        using Item = typename Format::Storage;
+        values[i] = static_cast<Item>(pick_bits(frozen[i], values[i], Format::store(from[i])));
     }
 }
 
@@ -70,7 +80,7 @@ SAFECRIT_INLINE void masked_range(const MaskedAdamWArgs& args, int64_t begin, in
         const int64_t count = std::min(kMaskedChunk, end - start);
         const uint8_t* bytes = args.bits + start / 8;
         for (int64_t byte = 0; byte < (count + 7) / 8; ++byte) {
-            for (uint32_t bit = 0; bit < 8; ++bit) frozen[byte * 8 + bit] = bytes[byte] >> bit & 1u;
+            for (uint32_t bit = 0; bit < 8; ++bit) frozen[byte * 8 + bit] = 0u - (bytes[byte] >> bit & 1u);
         }
         const float* __restrict grad = widen(args.grad, args.grad_dtype, start, count, buffers[0]);
         auto* __restrict w = const_cast<float*>(widen(args.weight, args.weight_dtype, start, count, buffers[1]));
@@ -79,9 +89,9 @@ SAFECRIT_INLINE void masked_range(const MaskedAdamWArgs& args, int64_t begin, in
         for (int64_t i = 0; i < count; ++i) {
             float weight = w[i], exp_avg = m[i], exp_avg_sq = v[i];
             update(weight, grad[i], exp_avg, exp_avg_sq, with);
-            w[i] = frozen[i] ? w[i] : weight;
-            m[i] = frozen[i] ? m[i] : exp_avg;
-            v[i] = frozen[i] ? v[i] : exp_avg_sq;
+            w[i] = pick(frozen[i], w[i], weight);
+            m[i] = pick(frozen[i], m[i], exp_avg);
+            v[i] = pick(frozen[i], v[i], exp_avg_sq);
         }
         narrow(args.weight, args.weight_dtype, start, count, w, frozen);
         narrow(args.exp_avg, args.exp_avg_dtype, start, count, m, frozen);
@@ -165,15 +175,7 @@ constexpr auto inside_avx2 = inside_plain, inside_avx512 = inside_plain;
 }  // namespace
 
 void sparse_adamw_cpu(const SparseAdamWArgs& args, int threads) {
-    check_dtype(static_cast<int>(args.weight_dtype));
-    check_dtype(static_cast<int>(args.grad_dtype));
     check_threads(threads);
-    check_memories({{"weight", args.weight, args.numel, item_size(args.weight_dtype), true},
-                    {"indices", args.indices, args.k, 8, false},
-                    {"grad_k", args.grad, args.k, item_size(args.grad_dtype), false},
-                    {"master", args.master, args.k, 4, true},
-                    {"exp_avg", args.exp_avg, args.k, 4, true},
-                    {"exp_avg_sq", args.exp_avg_sq, args.k, 4, true}});
     if (args.k == 0) return;
     const auto all_inside = pick_variant<Inside>(inside_plain, inside_avx2, inside_avx512);
     std::atomic<bool> good{true};
@@ -186,15 +188,7 @@ void sparse_adamw_cpu(const SparseAdamWArgs& args, int threads) {
 }
 
 void masked_adamw_cpu(const MaskedAdamWArgs& args, int threads) {
-    for (const Dtype dtype : {args.weight_dtype, args.grad_dtype, args.exp_avg_dtype, args.exp_avg_sq_dtype}) {
-        check_dtype(static_cast<int>(dtype));
-    }
     check_threads(threads);
-    check_memories({{"weight", args.weight, args.numel, item_size(args.weight_dtype), true},
-                    {"grad", args.grad, args.numel, item_size(args.grad_dtype), false},
-                    {"exp_avg", args.exp_avg, args.numel, item_size(args.exp_avg_dtype), true},
-                    {"exp_avg_sq", args.exp_avg_sq, args.numel, item_size(args.exp_avg_sq_dtype), true},
-                    {"bits", args.bits, (args.numel + 7) / 8, 1, false}});
     const auto range = pick_variant<Range<MaskedAdamWArgs>>(masked_plain, masked_avx2, masked_avx512);
     // Threads meet at whole bytes of the mask, and at cache lines of the tensors.
     constexpr int64_t kUnit = 64;

@@ -41,8 +41,8 @@ struct MaskedAdamWArgs {
     AdamWSettings settings;
 };
 
-// On the CPU with at most `threads` threads. Throw std::invalid_argument, before anything changes, for arguments they
-// cannot run with, an index outside the weight among them.
+// On the CPU with at most `threads` threads; adamw_args.h checks pointers and sizes. sparse_adamw_cpu throws
+// std::invalid_argument, before anything changes, for an index outside the weight.
 void sparse_adamw_cpu(const SparseAdamWArgs& args, int threads);
 void masked_adamw_cpu(const MaskedAdamWArgs& args, int threads);
 

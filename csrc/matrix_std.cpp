@@ -15,16 +15,35 @@
 #include "simd.h"
 #include "threads.h"
 
+#if SAFECRIT_X86_VARIANTS
+#include <immintrin.h>
+#endif
+
 namespace safecrit {
 namespace {
 
-using Doubles = double __attribute__((vector_size(64)));
-using Floats = float __attribute__((vector_size(32)));
-using Words = uint32_t __attribute__((vector_size(32)));
-using Halves = uint16_t __attribute__((vector_size(16)));
+// Vectors of two (SSE2, NEON) and of four doubles (AVX2), with the same number of narrower entries.
+template <int width>
+struct Vectors;
 
-constexpr int kWidth = 8, kGroups = 3, kStep = kWidth * kGroups;  // sums and squares fill 12 of AVX2's 16 registers
-constexpr int64_t kTile = 512 * kStep;                             // 48 KiB of float32, a first-level cache
+template <>
+struct Vectors<2> {
+    using Doubles = double __attribute__((vector_size(16)));
+    using Floats = float __attribute__((vector_size(8)));
+    using Words = uint32_t __attribute__((vector_size(8)));
+    using Halves = uint16_t __attribute__((vector_size(4)));
+};
+
+template <>
+struct Vectors<4> {
+    using Doubles = double __attribute__((vector_size(32)));
+    using Floats = float __attribute__((vector_size(16)));
+    using Words = uint32_t __attribute__((vector_size(16)));
+    using Halves = uint16_t __attribute__((vector_size(8)));
+};
+
+constexpr int kLanes = 24;              // sums and squares fill 12 of AVX2's 16 registers
+constexpr int64_t kTile = 512 * kLanes;  // 48 KiB of float32, a first-level cache
 constexpr int64_t kMostBlocks = int64_t{1} << 16;
 constexpr size_t kMostDims = 64;  // as in torch
 constexpr double kCancels = 0.01;  // deviations below this share of the squares: two digits of 16 are lost
@@ -44,106 +63,144 @@ struct Moments {
     }
 };
 
-template <typename Format>
-SAFECRIT_INLINE void load(const typename Format::Storage* from, Doubles& to) {
+template <typename Format, typename V>
+SAFECRIT_INLINE void load(const typename Format::Storage* from, typename V::Doubles& to) {
+    using Floats = typename V::Floats;
+    using Words = typename V::Words;
     if constexpr (std::is_same_v<Format, Float32>) {
         Floats values;
         std::memcpy(&values, from, sizeof values);
-        to = __builtin_convertvector(values, Doubles);
+        to = __builtin_convertvector(values, typename V::Doubles);
     } else {
-        Halves halves;
+        typename V::Halves halves;
         std::memcpy(&halves, from, sizeof halves);
         const Words words = __builtin_convertvector(halves, Words);
         if constexpr (std::is_same_v<Format, Bfloat16>) {
-            to = __builtin_convertvector(reinterpret_cast<Floats>(words << 16), Doubles);
+            to = __builtin_convertvector(reinterpret_cast<Floats>(words << 16), typename V::Doubles);
         } else {  // as Float16::value; infinities become NaN, which gives the same result
             const Words scale = Words{} + ((127u + 112u) << 23);
             const Floats magnitude = reinterpret_cast<Floats>((words & 0x7fffu) << 13) * reinterpret_cast<Floats>(scale);
             const Words special = reinterpret_cast<Words>((words & 0x7c00u) == 0x7c00u) & 0x7fc00000u;
             const Words bits = reinterpret_cast<Words>(magnitude) | (words & 0x8000u) << 16 | special;
-            to = __builtin_convertvector(reinterpret_cast<Floats>(bits), Doubles);
+            to = __builtin_convertvector(reinterpret_cast<Floats>(bits), typename V::Doubles);
         }
     }
 }
 
-// Sums of x - centre and of its square.
-template <typename Format, bool centred>
-SAFECRIT_INLINE void sums(const typename Format::Storage* values, int64_t count, double centre, double& sum,
-                          double& square) {
-    Doubles sum_lanes[kGroups] = {}, square_lanes[kGroups] = {};
-    const int64_t whole = count - count % kStep;
-    for (int64_t i = 0; i < whole; i += kStep) {
+// Sums of x - centre and of its square in each lane, over a multiple of kLanes values.
+struct Lanes {
+    double sums[kLanes], squares[kLanes];
+};
+
+template <typename Format, int width>
+SAFECRIT_INLINE void add_lanes(const typename Format::Storage* values, int64_t count, double centre, Lanes& lanes) {
+    using Doubles = typename Vectors<width>::Doubles;
+    constexpr int kGroups = kLanes / width;
+    Doubles sums[kGroups] = {}, squares[kGroups] = {};
+    for (int64_t i = 0; i < count; i += kLanes) {
         for (int group = 0; group < kGroups; ++group) {
             Doubles x;
-            load<Format>(values + i + group * kWidth, x);
-            if constexpr (centred) x -= centre;
-            sum_lanes[group] += x;
-            square_lanes[group] += x * x;
+            load<Format, Vectors<width>>(values + i + group * width, x);
+            x -= centre;
+            sums[group] += x;
+            squares[group] += x * x;
         }
     }
+    std::memcpy(lanes.sums, sums, sizeof sums);
+    std::memcpy(lanes.squares, squares, sizeof squares);
+}
+
+template <typename Format>
+void lanes_plain(const typename Format::Storage* values, int64_t count, double centre, Lanes& lanes) {
+    add_lanes<Format, 2>(values, count, centre, lanes);
+}
+
+#if SAFECRIT_X86_VARIANTS
+template <typename Format>
+SAFECRIT_AVX2 void lanes_avx2(const typename Format::Storage* values, int64_t count, double centre, Lanes& lanes) {
+    add_lanes<Format, 4>(values, count, centre, lanes);
+}
+
+template <typename Format>
+SAFECRIT_AVX512 inline __m512d load_avx512(const typename Format::Storage* from) {
+    __m256 values;
+    if constexpr (std::is_same_v<Format, Float32>) {
+        values = _mm256_loadu_ps(reinterpret_cast<const float*>(from));
+    } else {
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        values = std::is_same_v<Format, Float16>
+                     ? _mm256_cvtph_ps(halves)
+                     : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
+    return _mm512_maskz_cvtps_pd(0xff, values);  // GCC 12 warns of its own header in _mm512_cvtps_pd
+}
+
+// By hand: compilers convert eight floats by way of three shuffles. Around zero the squares are exact, so that fused
+// multiply-adds give the bits of the other variants.
+template <typename Format>
+SAFECRIT_AVX512 void lanes_avx512(const typename Format::Storage* values, int64_t count, double centre, Lanes& lanes) {
+    if (centre != 0) return add_lanes<Format, 4>(values, count, centre, lanes);
+    constexpr int kGroups = kLanes / 8;
+    __m512d sums[kGroups], squares[kGroups];
+    for (int group = 0; group < kGroups; ++group) sums[group] = squares[group] = _mm512_setzero_pd();
+    for (int64_t i = 0; i < count; i += kLanes) {
+        for (int group = 0; group < kGroups; ++group) {
+            const __m512d x = load_avx512<Format>(values + i + group * 8);
+            sums[group] = _mm512_add_pd(sums[group], x);
+            squares[group] = _mm512_fmadd_pd(x, x, squares[group]);
+        }
+    }
+    for (int group = 0; group < kGroups; ++group) {
+        _mm512_storeu_pd(lanes.sums + group * 8, sums[group]);
+        _mm512_storeu_pd(lanes.squares + group * 8, squares[group]);
+    }
+}
+#else
+template <typename Format>
+constexpr auto lanes_avx2 = lanes_plain<Format>, lanes_avx512 = lanes_plain<Format>;
+#endif
+
+template <typename Format>
+void sums(const typename Format::Storage* values, int64_t count, double centre, double& sum, double& square) {
+    using AddLanes = void (*)(const typename Format::Storage*, int64_t, double, Lanes&);
+    Lanes lanes;
+    const int64_t whole = count - count % kLanes;
+    pick_variant<AddLanes>(lanes_plain<Format>, lanes_avx2<Format>, lanes_avx512<Format>)(values, whole, centre, lanes);
     sum = square = 0;
     for (int64_t i = whole; i < count; ++i) {
-        const double x = static_cast<double>(Format::load(values[i])) - (centred ? centre : 0.0);
+        const double x = static_cast<double>(Format::load(values[i])) - centre;
         sum += x;
         square += x * x;
     }
-    for (int group = 0; group < kGroups; ++group) {
-        for (int lane = 0; lane < kWidth; ++lane) {
-            sum += sum_lanes[group][lane];
-            square += square_lanes[group][lane];
-        }
+    for (int lane = 0; lane < kLanes; ++lane) {
+        sum += lanes.sums[lane];
+        square += lanes.squares[lane];
     }
 }
 
 template <typename Format>
-SAFECRIT_INLINE Moments tile(const void* data, int64_t count) {
+Moments tile(const void* data, int64_t count) {
     const auto* values = static_cast<const typename Format::Storage*>(data);
     const double size = static_cast<double>(count);
     double sum, square;
-    sums<Format, false>(values, count, 0, sum, square);
+    sums<Format>(values, count, 0, sum, square);
     const double squares = square - sum / size * sum;
     if (squares > kCancels * square) return {count, sum / size, squares};
     const double centre = sum / size;
-    sums<Format, true>(values, count, centre, sum, square);
+    sums<Format>(values, count, centre, sum, square);
     const double again = square - sum / size * sum;
     return {count, centre + sum / size, again < 0 ? 0 : again};
 }
 
 using Tile = Moments (*)(const void*, int64_t);
 
-template <typename Format>
-Moments tile_plain(const void* data, int64_t count) {
-    return tile<Format>(data, count);
-}
-
-#if SAFECRIT_X86_VARIANTS
-template <typename Format>
-SAFECRIT_AVX2 Moments tile_avx2(const void* data, int64_t count) {
-    return tile<Format>(data, count);
-}
-
-template <typename Format>
-SAFECRIT_AVX512 Moments tile_avx512(const void* data, int64_t count) {
-    return tile<Format>(data, count);
-}
-#endif
-
-template <typename Format>
-Tile pick() {
-#if SAFECRIT_X86_VARIANTS
-    return pick_variant<Tile>(tile_plain<Format>, tile_avx2<Format>, tile_avx512<Format>);
-#else
-    return tile_plain<Format>;
-#endif
-}
-
 Tile pick(Dtype dtype) {
     switch (dtype) {
-        case Dtype::bfloat16: return pick<Bfloat16>();
-        case Dtype::float16: return pick<Float16>();
+        case Dtype::bfloat16: return tile<Bfloat16>;
+        case Dtype::float16: return tile<Float16>;
         case Dtype::float32: break;
     }
-    return pick<Float32>();
+    return tile<Float32>;
 }
 
 // A checked matrix, its dimensions by descending stride and merged where they follow one another.

@@ -14,7 +14,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SAFECRIT_X86_VARIANTS 1
 #define SAFECRIT_AVX2 __attribute__((target("avx2")))
-#define SAFECRIT_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#define SAFECRIT_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c")))
 #else
 #define SAFECRIT_X86_VARIANTS 0
 #endif

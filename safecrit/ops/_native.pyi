@@ -24,7 +24,7 @@ def sparse_adamw(
     numel: int,
     k: int,
     dtypes: tuple[int, ...],
-    settings: tuple[float, ...],
+    factors: tuple[float, ...],
     threads: int,
 ) -> None: ...
 def masked_adamw(
@@ -35,7 +35,7 @@ def masked_adamw(
     bits: int,
     numel: int,
     dtypes: tuple[int, ...],
-    settings: tuple[float, ...],
+    factors: tuple[float, ...],
     threads: int,
 ) -> None: ...
 def bits_from_indices(indices: int, k: int, numel: int, bits: int, threads: int) -> None: ...
