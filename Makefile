@@ -35,11 +35,15 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/esi_accumulate.py --save
+	$(BIN)/python benchmarks/matrix_std.py --save
+	$(BIN)/python benchmarks/adamw.py --save
 
 gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) benchmarks/esi_accumulate.py --device cuda --save
+	$(PYTHON) benchmarks/matrix_std.py --device cuda --save
+	$(PYTHON) benchmarks/adamw.py --device cuda --save
 
 clean:
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis safecrit-demo

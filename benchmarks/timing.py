@@ -62,6 +62,11 @@ def report(rows: list[Row], device: str, copy: Row) -> None:
         )
 
 
+def ratio(baseline: Row, ours: Row) -> str:
+    """How many times faster `ours` is, by the medians."""
+    return f"{baseline.milliseconds / ours.milliseconds:.2f}"
+
+
 def save(rows: list[Row], device: str, benchmark: str) -> Path:
     """Write the rows with machine, versions, commit and date to results/."""
     value = {

@@ -45,6 +45,8 @@ struct Vectors<4> {
 constexpr int kLanes = 24;              // sums and squares fill 12 of AVX2's 16 registers
 constexpr int64_t kTile = 512 * kLanes;  // 48 KiB of float32, a first-level cache
 constexpr int64_t kMostBlocks = int64_t{1} << 16;
+constexpr int64_t kShortRun = 4 * kLanes;  // below, copying costs less than a call
+constexpr int64_t kAhead = 4096;         // bytes; the processor's own prefetching stops at the end of a page
 constexpr size_t kMostDims = 64;  // as in torch
 constexpr double kCancels = 0.01;  // deviations below this share of the squares: two digits of 16 are lost
 
@@ -87,16 +89,18 @@ SAFECRIT_INLINE void load(const typename Format::Storage* from, typename V::Doub
     }
 }
 
-// Sums of x - centre and of its square in each lane, over a multiple of kLanes values.
+// Sums of x - centre and of its square. Value i goes to lane i % kLanes.
 struct Lanes {
-    double sums[kLanes], squares[kLanes];
+    double sums[kLanes] = {}, squares[kLanes] = {};
 };
 
 template <typename Format, int width>
 SAFECRIT_INLINE void add_lanes(const typename Format::Storage* values, int64_t count, double centre, Lanes& lanes) {
     using Doubles = typename Vectors<width>::Doubles;
     constexpr int kGroups = kLanes / width;
-    Doubles sums[kGroups] = {}, squares[kGroups] = {};
+    Doubles sums[kGroups], squares[kGroups];
+    std::memcpy(sums, lanes.sums, sizeof sums);
+    std::memcpy(squares, lanes.squares, sizeof squares);
     for (int64_t i = 0; i < count; i += kLanes) {
         for (int group = 0; group < kGroups; ++group) {
             Doubles x;
@@ -142,8 +146,14 @@ SAFECRIT_AVX512 void lanes_avx512(const typename Format::Storage* values, int64_
     if (centre != 0) return add_lanes<Format, 4>(values, count, centre, lanes);
     constexpr int kGroups = kLanes / 8;
     __m512d sums[kGroups], squares[kGroups];
-    for (int group = 0; group < kGroups; ++group) sums[group] = squares[group] = _mm512_setzero_pd();
+    for (int group = 0; group < kGroups; ++group) {
+        sums[group] = _mm512_loadu_pd(lanes.sums + group * 8);
+        squares[group] = _mm512_loadu_pd(lanes.squares + group * 8);
+    }
     for (int64_t i = 0; i < count; i += kLanes) {
+        const char* ahead = reinterpret_cast<const char*>(values + i) + kAhead;
+        _mm_prefetch(ahead, _MM_HINT_T0);
+        if constexpr (std::is_same_v<Format, Float32>) _mm_prefetch(ahead + 64, _MM_HINT_T0);
         for (int group = 0; group < kGroups; ++group) {
             const __m512d x = load_avx512<Format>(values + i + group * 8);
             sums[group] = _mm512_add_pd(sums[group], x);
@@ -159,49 +169,6 @@ SAFECRIT_AVX512 void lanes_avx512(const typename Format::Storage* values, int64_
 template <typename Format>
 constexpr auto lanes_avx2 = lanes_plain<Format>, lanes_avx512 = lanes_plain<Format>;
 #endif
-
-template <typename Format>
-void sums(const typename Format::Storage* values, int64_t count, double centre, double& sum, double& square) {
-    using AddLanes = void (*)(const typename Format::Storage*, int64_t, double, Lanes&);
-    Lanes lanes;
-    const int64_t whole = count - count % kLanes;
-    pick_variant<AddLanes>(lanes_plain<Format>, lanes_avx2<Format>, lanes_avx512<Format>)(values, whole, centre, lanes);
-    sum = square = 0;
-    for (int64_t i = whole; i < count; ++i) {
-        const double x = static_cast<double>(Format::load(values[i])) - centre;
-        sum += x;
-        square += x * x;
-    }
-    for (int lane = 0; lane < kLanes; ++lane) {
-        sum += lanes.sums[lane];
-        square += lanes.squares[lane];
-    }
-}
-
-template <typename Format>
-Moments tile(const void* data, int64_t count) {
-    const auto* values = static_cast<const typename Format::Storage*>(data);
-    const double size = static_cast<double>(count);
-    double sum, square;
-    sums<Format>(values, count, 0, sum, square);
-    const double squares = square - sum / size * sum;
-    if (squares > kCancels * square) return {count, sum / size, squares};
-    const double centre = sum / size;
-    sums<Format>(values, count, centre, sum, square);
-    const double again = square - sum / size * sum;
-    return {count, centre + sum / size, again < 0 ? 0 : again};
-}
-
-using Tile = Moments (*)(const void*, int64_t);
-
-Tile pick(Dtype dtype) {
-    switch (dtype) {
-        case Dtype::bfloat16: return tile<Bfloat16>;
-        case Dtype::float16: return tile<Float16>;
-        case Dtype::float32: break;
-    }
-    return tile<Float32>;
-}
 
 // A checked matrix, its dimensions by descending stride and merged where they follow one another.
 struct Walk {
@@ -240,9 +207,9 @@ struct Walk {
         }
     }
 
-    // Elements [begin, begin + size) side by side: where they lie, or copied to `buffer`.
-    template <typename Item>
-    const void* gather(int64_t begin, int64_t size, Item* buffer) const {
+    // Calls body(items, stride, count) on the runs that elements [begin, begin + size) consist of.
+    template <typename Item, typename Body>
+    void runs(int64_t begin, int64_t size, const Body& body) const {
         const auto* items = reinterpret_cast<const Item*>(data);
         const size_t last = shape.size() - 1;
         std::array<int64_t, kMostDims> place;
@@ -251,14 +218,9 @@ struct Walk {
             place[d] = rest % shape[d];
             offset += place[d] * strides[d];
         }
-        if (strides[last] == 1 && shape[last] - place[last] >= size) return items + offset;
         for (int64_t done = 0; done < size;) {
             const int64_t run = std::min(shape[last] - place[last], size - done);
-            if (strides[last] == 1) {
-                std::memcpy(buffer + done, items + offset, static_cast<size_t>(run) * sizeof(Item));
-            } else {
-                for (int64_t i = 0; i < run; ++i) buffer[done + i] = items[offset + i * strides[last]];
-            }
+            body(items + offset, strides[last], run);
             done += run;
             place[last] += run;
             offset += run * strides[last];
@@ -268,9 +230,61 @@ struct Walk {
                 ++place[d - 1];
             }
         }
-        return buffer;
     }
 };
+
+// Sums over elements [begin, begin + size) of a matrix, at most kTile: of runs side by side, all but what exceeds a
+// multiple of kLanes from where they lie; the rest from `buffer`, where it is collected.
+template <typename Format>
+void sums(const Walk& walk, int64_t begin, int64_t size, double centre, void* buffer, double& sum, double& square) {
+    using Item = typename Format::Storage;
+    using AddLanes = void (*)(const Item*, int64_t, double, Lanes&);
+    const auto add = pick_variant<AddLanes>(lanes_plain<Format>, lanes_avx2<Format>, lanes_avx512<Format>);
+    Lanes lanes;
+    auto* kept = static_cast<Item*>(buffer);
+    int64_t collected = 0;
+    walk.runs<Item>(begin, size, [&](const Item* items, int64_t stride, int64_t count) {
+        const int64_t whole = stride == 1 && count >= kShortRun ? count - count % kLanes : 0;
+        if (whole > 0) add(items, whole, centre, lanes);
+        for (int64_t i = whole; i < count; ++i) kept[collected++] = items[i * stride];
+    });
+    const int64_t whole = collected - collected % kLanes;
+    add(kept, whole, centre, lanes);
+    sum = square = 0;
+    for (int64_t i = whole; i < collected; ++i) {
+        const double x = static_cast<double>(Format::load(kept[i])) - centre;
+        sum += x;
+        square += x * x;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+        sum += lanes.sums[lane];
+        square += lanes.squares[lane];
+    }
+}
+
+template <typename Format>
+Moments tile(const Walk& walk, int64_t begin, int64_t count, void* buffer) {
+    const double size = static_cast<double>(count);
+    double sum, square;
+    sums<Format>(walk, begin, count, 0, buffer, sum, square);
+    const double squares = square - sum / size * sum;
+    if (squares > kCancels * square) return {count, sum / size, squares};
+    const double centre = sum / size;
+    sums<Format>(walk, begin, count, centre, buffer, sum, square);
+    const double again = square - sum / size * sum;
+    return {count, centre + sum / size, again < 0 ? 0 : again};
+}
+
+using Tile = Moments (*)(const Walk&, int64_t, int64_t, void*);
+
+Tile pick(Dtype dtype) {
+    switch (dtype) {
+        case Dtype::bfloat16: return tile<Bfloat16>;
+        case Dtype::float16: return tile<Float16>;
+        case Dtype::float32: break;
+    }
+    return tile<Float32>;
+}
 
 // Tiles [begin, end) of one matrix.
 struct Block {
@@ -278,14 +292,10 @@ struct Block {
     int64_t begin, end;
 };
 
-Moments moments(const Block& block, Dtype dtype, Tile kernel, uint32_t* buffer) {
+Moments moments(const Block& block, Tile kernel, void* buffer) {
     Moments found;
     for (int64_t start = block.begin * kTile; start < std::min(block.end * kTile, block.walk->count); start += kTile) {
-        const int64_t size = std::min(kTile, block.walk->count - start);
-        const void* values = dtype == Dtype::float32
-                                 ? block.walk->gather(start, size, buffer)
-                                 : block.walk->gather(start, size, reinterpret_cast<uint16_t*>(buffer));
-        found.add(kernel(values, size));
+        found.add(kernel(*block.walk, start, std::min(kTile, block.walk->count - start), buffer));
     }
     return found;
 }
@@ -314,7 +324,7 @@ std::vector<double> matrix_std_cpu(const std::vector<Matrix>& matrices, Dtype dt
     parallel_for(count, total / std::max<int64_t>(count, 1), parts, [&](int64_t begin, int64_t end, int part) {
         for (int64_t i = begin; i < end; ++i) {
             const auto at = static_cast<size_t>(i);
-            found[at] = moments(blocks[at], dtype, kernel, buffers.data() + static_cast<size_t>(part) * kTile);
+            found[at] = moments(blocks[at], kernel, buffers.data() + static_cast<size_t>(part) * kTile);
         }
     });
     std::vector<double> result;
