@@ -70,7 +70,7 @@ void bits_from_indices_cpu(const int64_t* indices, int64_t k, int64_t numel, uin
     require(ascending, "indices are not strictly ascending");
     require(k == 0 || (indices[0] >= 0 && indices[k - 1] < numel), "indices leave 0 to " + std::to_string(numel - 1));
     over_bytes(numel / 8 + (numel % 8 != 0), threads, [&](int64_t begin, int64_t length, int) {
-        std::memset(bits + begin, 0, static_cast<size_t>(length));
+        std::fill_n(bits + begin, length, uint8_t{0});
         const int64_t* next = std::lower_bound(indices, indices + k, begin * 8);
         const int64_t* stop = std::lower_bound(next, indices + k, (begin + length) * 8);
         for (; next < stop; ++next) bits[*next / 8] = static_cast<uint8_t>(bits[*next / 8] | 1u << *next % 8);

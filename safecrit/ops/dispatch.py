@@ -137,9 +137,7 @@ def _passed_over(op: str, backend: str, device: torch.device) -> bool:
     return backend in ("cuda", "triton") if device.type == "cpu" else backend == "native"
 
 
-def _availability(
-    op: str, backend: str, device: torch.device, dtypes: Sequence[torch.dtype] = ()
-) -> tuple[bool, str]:
+def _availability(op: str, backend: str, device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> tuple[bool, str]:
     """Whether `backend` can run `op` on `device`, and the reason."""
     if backend not in _OPS[op]:
         return False, "no such kernel"
