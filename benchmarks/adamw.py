@@ -24,7 +24,7 @@ class Data:
         self.device, self.numel, self.k = device, numel, int(SHARE * numel)
         self.weight = torch.randn(numel, device=device)
         self.grad = torch.randn(numel, device=device).mul_(1e-3)
-        self.moments = [torch.zeros(numel, device=device), torch.zeros(numel, device=device)]
+        self.moments = (torch.zeros(numel, device=device), torch.zeros(numel, device=device))
         self.indices = torch.randint(numel, (self.k,), generator=generator).unique().to(device)
         self.k = self.indices.numel()
         self.bits = ops.bits_from_indices(self.indices, numel, backend="reference")
@@ -43,7 +43,7 @@ def sparse_rows(data: Data, names: list[str]) -> list[Row]:
     """The step alone, from a float32 and a bfloat16 weight, and with gathering the gradient first."""
     rows = []
     master = data.weight[data.indices]
-    state = [torch.zeros(data.k, device=data.device) for _ in range(2)]
+    first, second = torch.zeros(data.k, device=data.device), torch.zeros(data.k, device=data.device)
     some = data.grad[data.indices]
     for dtype in (torch.float32, torch.bfloat16):
         weight = data.weight.to(dtype)
@@ -52,7 +52,7 @@ def sparse_rows(data: Data, names: list[str]) -> list[Row]:
         for name in names:
 
             def step(w: torch.Tensor = weight, g: torch.Tensor = some, n: str = name) -> None:
-                ops.sparse_adamw_(w, data.indices, g, master, *state, step=1, **SETTINGS, backend=n)  # type: ignore[arg-type]
+                ops.sparse_adamw_(w, data.indices, g, master, first, second, step=1, **SETTINGS, backend=n)  # type: ignore[arg-type]
 
             def both(run: Any = step) -> None:
                 run(g=data.grad.index_select(0, data.indices))
@@ -106,10 +106,11 @@ def verify(device: str, names: list[str]) -> None:
         start = data.weight.clone()
         sparse, masked = start.clone(), start.clone()
         master, some = start[data.indices], data.grad[data.indices]
-        zeros = [torch.zeros_like(data.weight) for _ in range(2)]
         settings = {**SETTINGS, "step": 1, "backend": name}
-        ops.sparse_adamw_(sparse, data.indices, some, master, zeros[0][: data.k], zeros[1][: data.k], **settings)
-        zeros = [torch.zeros_like(data.weight) for _ in range(2)]
+        ops.sparse_adamw_(
+            sparse, data.indices, some, master, torch.zeros_like(some), torch.zeros_like(some), **settings
+        )
+        zeros = (torch.zeros_like(start), torch.zeros_like(start))
         ops.masked_adamw_(masked, data.grad, *zeros, data.bits, **settings)
         data.optimizer().step()
         expected = data.weight

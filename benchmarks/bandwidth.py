@@ -24,18 +24,18 @@ def bandwidth(device: str, numel: int) -> list[Row]:
     ]
 
 
-def read(device: str, numel: int) -> Row:
-    """The best plain read: on the CPU loads and exclusive ors of four streams a thread, else torch's own maximum."""
-    source = torch.randn(numel, device=device)
+def read(source: torch.Tensor) -> Row:
+    """The best plain read of `source`, float32: on the CPU exclusive ors, four streams a thread; else torch's maximum."""
     module, _ = native.cpu_module()
-    if device != "cpu" or module is None:
-        return measure("read float32 (max)", 4 * numel, lambda: source.max(), device)
+    moved = 4 * source.numel()
+    if source.device.type != "cpu" or module is None:
+        return measure("read float32 (max)", moved, lambda: source.max(), source.device.type)
     address, threads = source.data_ptr(), torch.get_num_threads()
-    found = module.read_memory(address, 4 * numel, threads)
-    if found != int(np.bitwise_xor.reduce(source.numpy().view(np.uint64))):
+    found = module.read_memory(address, moved, threads)
+    if found != int(np.bitwise_xor.reduce(source.numpy().reshape(-1).view(np.uint64))):
         raise SystemExit("the read did not see every word")
     name = "best read (xor, 4 streams a thread)"
-    return measure(name, 4 * numel, lambda: module.read_memory(address, 4 * numel, threads), device)
+    return measure(name, moved, lambda: module.read_memory(address, moved, threads), "cpu")
 
 
 def main() -> None:
@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--numel", type=int, default=1 << 27)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
-    rows = [*bandwidth(options.device, options.numel), read(options.device, options.numel)]
+    rows = bandwidth(options.device, options.numel)
+    rows.append(read(torch.randn(options.numel, device=options.device)))
     report(rows, options.device, rows[0])
     if options.save:
         print(save(rows, options.device, "bandwidth"))

@@ -20,6 +20,7 @@ def rows_of(device: str, numel: int) -> list[Row]:
     rows = []
     names = [row.backend for row in ops.backends(device) if row.op == "matrix_std" and row.available]
     base = torch.randn(numel // COLUMNS, COLUMNS, device=device)
+    rows.append(read(base))
     for dtype in DTYPES:
         weight = base.to(dtype)
         moved = weight.numel() * weight.element_size()
@@ -60,7 +61,6 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
     rows = bandwidth(options.device, options.numel)
-    rows.append(read(options.device, options.numel))
     rows += rows_of(options.device, options.numel)
     report(rows, options.device, rows[0])
     named = {row.name: row for row in rows}

@@ -42,6 +42,12 @@ GOOD = {
 POINTERS = {"acc", "grad", "weight", "master", "exp_avg", "exp_avg_sq", "indices", "bits"}
 
 
+@pytest.fixture(autouse=True)
+def fresh():
+    for tensor in [*FLOATS, BITS]:
+        tensor.zero_()
+
+
 def cases() -> list[tuple[str, dict]]:
     found: list[tuple[str, dict]] = []
     for name, good in GOOD.items():
