@@ -1,5 +1,6 @@
 # make demo   the whole method on a toy model, a few minutes on two cores
 # make test   the offline tests          make lint   ruff, formatting, mypy
+# make sanitize  the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench  benchmarks of this machine, written to benchmarks/results/
 # make gpu    on a machine with a GPU, its own Python, torch and build tools, without downloads: GPU tests, benchmarks
 # make clean  what the other targets left, .venv included
@@ -11,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.safecrit-installed
 PARTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: install demo test lint bench gpu clean
+.PHONY: install demo test lint sanitize bench gpu clean
 
 # An editable installation: the Python files of this folder with the compiled modules from .venv. It is redone only
 # where the packaging or the C++ changed.
@@ -33,13 +34,20 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+sanitize: $(STAMP)
+	.ci/sanitize $(BIN)/python
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/esi_accumulate.py --save
+	$(BIN)/python benchmarks/matrix_std.py --save
+	$(BIN)/python benchmarks/adamw.py --save
 
 gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) benchmarks/esi_accumulate.py --device cuda --save
+	$(PYTHON) benchmarks/matrix_std.py --device cuda --save
+	$(PYTHON) benchmarks/adamw.py --device cuda --save
 
 clean:
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis safecrit-demo

@@ -64,6 +64,11 @@ def report(rows: list[Row], device: str, copy: Row) -> None:
         )
 
 
+def ratio(baseline: Row, ours: Row) -> str:
+    """How many times faster `ours` is, by the medians."""
+    return f"{baseline.milliseconds / ours.milliseconds:.2f}"
+
+
 def save(rows: list[Row], device: str, benchmark: str) -> Path:
     """Write the rows to results/, one file a machine."""
     name = f"{benchmark}-{re.sub('[^a-z0-9]+', '-', machine(device).lower()).strip('-')}"

@@ -7,70 +7,22 @@
 #include "esi_accumulate.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <string_view>
 #include <vector>
 
+#include "check.h"
+#include "simd.h"
 #include "threads.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SAFECRIT_X86_VARIANTS 1
-#else
-#define SAFECRIT_X86_VARIANTS 0
-#endif
-
-#if defined(__GNUC__)
-#define SAFECRIT_INLINE inline __attribute__((always_inline))
-#else
-#define SAFECRIT_INLINE inline
-#endif
 
 namespace safecrit {
 namespace {
 
 constexpr int64_t kBlock = int64_t{1} << 20;  // entries whose skips are counted in 32 bits, so that counting vectorises
 
-SAFECRIT_INLINE float from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-struct Float32 {
-    using Storage = uint32_t;
-    static SAFECRIT_INLINE bool finite(uint32_t bits) { return (bits & 0x7f800000u) != 0x7f800000u; }
-    static SAFECRIT_INLINE float value(uint32_t bits) { return from_bits(bits); }
-};
-
-struct Bfloat16 {
-    using Storage = uint16_t;
-    static SAFECRIT_INLINE bool finite(uint32_t bits) { return (bits & 0x7f80u) != 0x7f80u; }
-    static SAFECRIT_INLINE float value(uint32_t bits) { return from_bits(bits << 16); }
-};
-
-struct Float16 {
-    using Storage = uint16_t;
-    static SAFECRIT_INLINE bool finite(uint32_t bits) { return (bits & 0x7c00u) != 0x7c00u; }
-    // Exponent and fraction moved into float32's fields, then the bias corrected (127 - 15 = 112) by an exact
-    // multiplication, which normalises subnormals too. Infinities and NaN never get here.
-    static SAFECRIT_INLINE float value(uint32_t bits) {
-        const float magnitude = from_bits((bits & 0x7fffu) << 13) * from_bits((127u + 112u) << 23);
-        uint32_t result;
-        std::memcpy(&result, &magnitude, sizeof result);
-        return from_bits(result | (bits & 0x8000u) << 16);
-    }
-};
-
 template <Reduction reduction>
 SAFECRIT_INLINE float contribution(float gradient, float sigma) {
     if (reduction == Reduction::square) return gradient * gradient;
     const float product = sigma * gradient;
-    return reduction == Reduction::absolute ? from_bits([product] {
-        uint32_t bits;
-        std::memcpy(&bits, &product, sizeof bits);
-        return bits & 0x7fffffffu;
-    }()) : product;
+    return reduction == Reduction::absolute ? from_bits(to_bits(product) & 0x7fffffffu) : product;
 }
 
 template <typename Format, Reduction reduction>
@@ -114,61 +66,35 @@ int64_t row_plain(float* acc, int64_t acc_stride, const void* grad, int64_t grad
 
 #if SAFECRIT_X86_VARIANTS
 template <typename Format, Reduction reduction>
-__attribute__((target("avx2"))) int64_t row_avx2(float* acc, int64_t acc_stride, const void* grad,
-                                                 int64_t grad_stride, int64_t count, float sigma) {
+SAFECRIT_AVX2 int64_t row_avx2(float* acc, int64_t acc_stride, const void* grad, int64_t grad_stride, int64_t count,
+                               float sigma) {
     return row<Format, reduction>(acc, acc_stride, grad, grad_stride, count, sigma);
 }
 
 template <typename Format, Reduction reduction>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) int64_t row_avx512(float* acc, int64_t acc_stride,
-                                                                                const void* grad, int64_t grad_stride,
-                                                                                int64_t count, float sigma) {
+SAFECRIT_AVX512 int64_t row_avx512(float* acc, int64_t acc_stride, const void* grad, int64_t grad_stride,
+                                   int64_t count, float sigma) {
     return row<Format, reduction>(acc, acc_stride, grad, grad_stride, count, sigma);
 }
 #endif
 
-enum class Variant { plain, avx2, avx512 };
-
-Variant find_variant() {
-#if SAFECRIT_X86_VARIANTS
-    // SAFECRIT_CPU=plain or avx2 holds the kernels back, to test what other machines run.
-    const char* limit = std::getenv("SAFECRIT_CPU");
-    const std::string_view wanted = limit == nullptr ? "" : limit;
-    if (wanted == "plain") return Variant::plain;
-    if (wanted != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-        return Variant::avx512;
-    }
-    if (__builtin_cpu_supports("avx2")) return Variant::avx2;
-#endif
-    return Variant::plain;
-}
-
-Variant detect() {
-    static const Variant found = find_variant();
-    return found;
-}
-
 template <typename Format, Reduction reduction>
-Row pick_variant() {
+Row pick_row() {
 #if SAFECRIT_X86_VARIANTS
-    switch (detect()) {
-        case Variant::avx512: return row_avx512<Format, reduction>;
-        case Variant::avx2: return row_avx2<Format, reduction>;
-        case Variant::plain: break;
-    }
-#endif
+    return pick_variant<Row>(row_plain<Format, reduction>, row_avx2<Format, reduction>, row_avx512<Format, reduction>);
+#else
     return row_plain<Format, reduction>;
+#endif
 }
 
 template <typename Format>
 Row pick_reduction(Reduction reduction) {
     switch (reduction) {
-        case Reduction::absolute: return pick_variant<Format, Reduction::absolute>();
-        case Reduction::square: return pick_variant<Format, Reduction::square>();
+        case Reduction::absolute: return pick_row<Format, Reduction::absolute>();
+        case Reduction::square: return pick_row<Format, Reduction::square>();
         case Reduction::signed_sum: break;
     }
-    return pick_variant<Format, Reduction::signed_sum>();
+    return pick_row<Format, Reduction::signed_sum>();
 }
 
 Row pick(Dtype dtype, Reduction reduction) {
@@ -180,10 +106,28 @@ Row pick(Dtype dtype, Reduction reduction) {
     return pick_reduction<Float32>(reduction);
 }
 
+void check(const AccumulateArgs& args) {
+    check_dtype(static_cast<int>(args.dtype));
+    const int reduction = static_cast<int>(args.reduction);
+    require(reduction >= 0 && reduction <= 2, "unknown reduction code " + std::to_string(reduction));
+    const auto reach = [&](int64_t row_stride, int64_t col_stride) {
+        if (checked_product(args.rows, args.cols) == 0) return int64_t{0};
+        return checked_product(args.rows - 1, row_stride) + checked_product(args.cols - 1, col_stride) + 1;
+    };
+    check_memories({{"acc", args.acc, reach(args.acc_row_stride, args.acc_col_stride), 4, true},
+                    {"grad", args.grad, reach(args.grad_row_stride, args.grad_col_stride), item_size(args.dtype), false}});
+    // Elements of acc must not share memory, or threads would race: one dimension steps over the other.
+    const int64_t row = args.rows > 1 ? args.acc_row_stride : 0, col = args.cols > 1 ? args.acc_col_stride : 0;
+    const bool nested = (args.cols < 2 || col > 0) && (args.rows < 2 || row > 0) &&
+                        (args.rows < 2 || args.cols < 2 || row > checked_product(args.cols - 1, col) ||
+                         col > checked_product(args.rows - 1, row));
+    require(nested || args.rows == 0 || args.cols == 0, "elements of acc share memory");
+}
+
 }  // namespace
 
 const char* cpu_variant() {
-    switch (detect()) {
+    switch (variant()) {
         case Variant::avx512: return "avx512";
         case Variant::avx2: return "avx2";
         case Variant::plain: break;
@@ -192,9 +136,11 @@ const char* cpu_variant() {
 }
 
 int64_t esi_accumulate_cpu(const AccumulateArgs& args, int threads) {
+    check(args);
+    check_threads(threads);
     if (args.rows == 0 || args.cols == 0) return 0;
     const Row kernel = pick(args.dtype, args.reduction);
-    const int64_t item = args.dtype == Dtype::float32 ? 4 : 2;
+    const int64_t item = item_size(args.dtype);
     const auto* grad = static_cast<const char*>(args.grad);
     std::vector<int64_t> skipped(static_cast<size_t>(std::max(threads, 1)), 0);
     // Few rows are split along their columns, many along the rows.

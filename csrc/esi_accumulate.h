@@ -2,14 +2,15 @@
 // non-finite gradient entries. One contract for the C++ and the CUDA kernel.
 //
 // Shapes: rows x cols, every stride in elements and 64 bits wide; the Python layer has checked
-// dtypes, devices, overlap and sizes.
+// dtypes, devices, overlap and sizes; the CPU kernel checks again.
 #pragma once
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace safecrit {
 
-enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 enum class Reduction : int { signed_sum = 0, absolute = 1, square = 2 };
 
 struct AccumulateArgs {
@@ -23,7 +24,8 @@ struct AccumulateArgs {
     Reduction reduction;
 };
 
-// On the CPU with at most `threads` threads. Returns the number of non-finite gradient entries.
+// On the CPU with at most `threads` threads. Returns the number of non-finite gradient entries. Throws
+// std::invalid_argument for arguments it cannot run with.
 int64_t esi_accumulate_cpu(const AccumulateArgs& args, int threads);
 
 // Name of the instruction set the CPU kernel runs with: "avx512", "avx2" or "plain".

@@ -13,3 +13,32 @@ def esi_accumulate(
     reduction: int,
     threads: int,
 ) -> int: ...
+def matrix_std(matrices: list[tuple[int, list[int], list[int]]], dtype: int, threads: int) -> list[float]: ...
+def sparse_adamw(
+    weight: int,
+    indices: int,
+    grad: int,
+    master: int,
+    exp_avg: int,
+    exp_avg_sq: int,
+    numel: int,
+    k: int,
+    dtypes: tuple[int, ...],
+    factors: tuple[float, ...],
+    threads: int,
+) -> None: ...
+def masked_adamw(
+    weight: int,
+    grad: int,
+    exp_avg: int,
+    exp_avg_sq: int,
+    bits: int,
+    numel: int,
+    dtypes: tuple[int, ...],
+    factors: tuple[float, ...],
+    threads: int,
+) -> None: ...
+def bits_from_indices(indices: int, k: int, numel: int, bits: int, threads: int) -> None: ...
+def count_bits(bits: int, bytes: int, threads: int) -> int: ...
+def indices_from_bits(bits: int, bytes: int, indices: int, k: int, threads: int) -> None: ...
+def read_memory(data: int, bytes: int, threads: int) -> int: ...

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
+
+from safecrit.ops.views import overlap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +37,22 @@ class AdamWStep:
             raise ValueError(f"AdamW: {'; '.join(problems)}")
 
     @property
-    def step_size(self) -> float:
-        """Learning rate over the first moment's bias correction."""
-        return self.lr / (1 - self.betas[0] ** self.step)
+    def factors(self) -> tuple[float, ...]:
+        """Clip, 1 - beta1, beta2, 1 - beta2, 1 - lr * decay, step size, epsilon: what csrc/adamw.h multiplies and adds.
 
-    @property
-    def root_correction(self) -> float:
-        """Square root of the second moment's bias correction."""
-        return math.sqrt(1 - self.betas[1] ** self.step)
+        torch divides the first moment by its bias correction and the second one's root by r, its correction's root.
+        Here both are in the step size, lr * r / (1 - beta1^step), and in epsilon * r: one division an entry.
+        """
+        beta1, beta2 = self.betas
+        root = math.sqrt(1 - beta2**self.step)
+        step_size = self.lr * root / (1 - beta1**self.step)
+        return self.clip, 1 - beta1, beta2, 1 - beta2, 1 - self.lr * self.weight_decay, step_size, self.eps * root
+
+
+def check_apart(op: str, written: Mapping[str, torch.Tensor], read: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError where a tensor that is written shares memory with any other."""
+    names = [*written, *read]
+    tensors = [*written.values(), *read.values()]
+    for i, j in itertools.combinations(range(len(names)), 2):
+        if i < len(written) and overlap(tensors[i], tensors[j]):
+            raise ValueError(f"{op}: {names[i]} and {names[j]} share memory")

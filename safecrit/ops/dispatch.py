@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,12 +31,32 @@ _OPS: dict[str, dict[str, str]] = {
         "native": "safecrit.ops.native:esi_accumulate_cpu",
         "reference": "safecrit.ops.reference.esi_accumulate:esi_accumulate",
     },
-    "matrix_std": {"reference": "safecrit.ops.reference.matrix_std:matrix_std"},
+    "matrix_std": {
+        "cuda": "safecrit.ops.native_std:matrix_std_cuda",
+        "native": "safecrit.ops.native_std:matrix_std_cpu",
+        "reference": "safecrit.ops.reference.matrix_std:matrix_std",
+    },
     "select_top": {"reference": "safecrit.ops.reference.select_top:select_top"},
-    "sparse_adamw_": {"reference": "safecrit.ops.reference.sparse_adamw:sparse_adamw"},
-    "masked_adamw_": {"reference": "safecrit.ops.reference.masked_adamw:masked_adamw"},
-    "bits_from_indices": {"reference": "safecrit.ops.reference.bits:bits_from_indices"},
-    "indices_from_bits": {"reference": "safecrit.ops.reference.bits:indices_from_bits"},
+    "sparse_adamw_": {
+        "cuda": "safecrit.ops.native_adamw:sparse_adamw_cuda",
+        "triton": "safecrit.kernels.adamw:sparse_adamw",
+        "native": "safecrit.ops.native_adamw:sparse_adamw_cpu",
+        "reference": "safecrit.ops.reference.sparse_adamw:sparse_adamw",
+    },
+    "masked_adamw_": {
+        "cuda": "safecrit.ops.native_adamw:masked_adamw_cuda",
+        "triton": "safecrit.kernels.adamw:masked_adamw",
+        "native": "safecrit.ops.native_adamw:masked_adamw_cpu",
+        "reference": "safecrit.ops.reference.masked_adamw:masked_adamw",
+    },
+    "bits_from_indices": {
+        "native": "safecrit.ops.native_bits:bits_from_indices_cpu",
+        "reference": "safecrit.ops.reference.bits:bits_from_indices",
+    },
+    "indices_from_bits": {
+        "native": "safecrit.ops.native_bits:indices_from_bits_cpu",
+        "reference": "safecrit.ops.reference.bits:indices_from_bits",
+    },
 }
 
 _log = logging.getLogger("safecrit.ops")
@@ -65,8 +85,8 @@ class BackendRow:
     reason: str
 
 
-def choose(op: str, device: torch.device, backend: str = "auto") -> Choice:
-    """The backend that runs `op` on tensors of `device`.
+def choose(op: str, device: torch.device, backend: str = "auto", dtypes: Sequence[torch.dtype] = ()) -> Choice:
+    """The backend that runs `op` on tensors of `device`; `dtypes`: those that not every backend takes.
 
     Raises BackendError where `backend` is not "auto" and cannot run it; the message lists what can.
     """
@@ -79,15 +99,15 @@ def choose(op: str, device: torch.device, backend: str = "auto") -> Choice:
         for name in PREFERENCE:
             if _passed_over(op, name, device):
                 continue
-            available, reason = _availability(op, name, device)
+            available, reason = _availability(op, name, device, dtypes)
             if available:
                 if name == "reference" and refused:
                     _notice(device.type, refused[0])
                 return Choice(name, f"{reason}; not {'; not '.join(refused)}" if refused else reason, _load(op, name))
             refused.append(f"{name} ({reason})")
-    available, reason = _availability(op, backend, device)
+    available, reason = _availability(op, backend, device, dtypes)
     if not available:
-        usable = [name for name in PREFERENCE if _availability(op, name, device)[0]]
+        usable = [name for name in PREFERENCE if _availability(op, name, device, dtypes)[0]]
         raise BackendError(f"{op}: no backend {backend!r} for {device}: {reason}. Usable here: {', '.join(usable)}.")
     return Choice(backend, f"asked for; {reason}", _load(op, backend))
 
@@ -117,12 +137,15 @@ def _passed_over(op: str, backend: str, device: torch.device) -> bool:
     return backend in ("cuda", "triton") if device.type == "cpu" else backend == "native"
 
 
-def _availability(op: str, backend: str, device: torch.device) -> tuple[bool, str]:
+def _availability(op: str, backend: str, device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> tuple[bool, str]:
     """Whether `backend` can run `op` on `device`, and the reason."""
     if backend not in _OPS[op]:
         return False, "no such kernel"
     if backend == "reference":
         return True, "torch, any device"
+    others = [str(dtype) for dtype in dtypes if dtype not in native.DTYPE_CODES]
+    if others:
+        return False, f"takes float32, bfloat16 and float16, not {others[0]}"
     if backend == "native":
         if device.type != "cpu":
             return False, f"C++ kernels run on the CPU, the tensors are on {device.type}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from safecrit.ops.adamw import AdamWStep
+from safecrit.ops.adamw import AdamWStep, check_apart
 from safecrit.ops.bits import check_bits
 from safecrit.ops.dispatch import Backend, choose
 
@@ -30,6 +30,8 @@ def masked_adamw_(
     weight, exp_avg, exp_avg_sq: contiguous, any floating dtypes, one shape; grad: any floating dtype, same shape.
     bits: uint8 [ceil(numel / 8)], little bit order. Arithmetic is torch.optim.AdamW's, in float32, rounded to
     each tensor's dtype once; `step` counts from 1; `clip` multiplies the gradient.
+
+    Raises ValueError for anything else and for tensors that share memory.
     """
     settings = AdamWStep(step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, clip=clip)
     tensors = {"weight": weight, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
@@ -46,5 +48,11 @@ def masked_adamw_(
     check_bits("masked_adamw_", bits, weight.numel())
     if bits.device != weight.device:
         raise ValueError(f"masked_adamw_: weight is on {weight.device}, bits on {bits.device}")
-    function = choose("masked_adamw_", weight.device, backend).function
+    check_apart(
+        "masked_adamw_",
+        {"weight": weight, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq},
+        {"grad": grad, "bits": bits},
+    )
+    dtypes = [tensor.dtype for tensor in tensors.values()]
+    function = choose("masked_adamw_", weight.device, backend, dtypes).function
     function(weight, grad, exp_avg, exp_avg_sq, bits, settings)

@@ -32,7 +32,7 @@ def matrix_std(
         for pattern in matrices:
             _check(pattern, weight.numel())
         parts = [pattern.of(weight) for pattern in matrices]
-    function = choose("matrix_std", weight.device, backend).function
+    function = choose("matrix_std", weight.device, backend, [weight.dtype]).function
     return function(parts)
 
 

@@ -22,7 +22,8 @@ def test_the_cpu_takes_the_native_kernel():
     assert choice.reason.startswith("C++")
 
 
-def test_an_op_without_kernels_takes_the_reference_silently(caplog):
+def test_an_op_without_kernels_takes_the_reference_silently(caplog, monkeypatch):
+    monkeypatch.setitem(dispatch._OPS, "matrix_std", {"reference": dispatch._OPS["matrix_std"]["reference"]})
     with caplog.at_level(logging.INFO, "safecrit.ops"):
         assert ops.choose("matrix_std", CPU).backend == "reference"
     assert not caplog.records
@@ -46,6 +47,13 @@ def test_a_backend_asked_for_and_missing_raises_and_lists_what_there_is(backend)
     assert isinstance(caught.value, SafecritError)
     with pytest.raises(ops.BackendError, match="no such kernel"):
         ops.matrix_std(torch.zeros(3), backend="triton")
+
+
+def test_a_dtype_that_kernels_do_not_take_goes_to_the_reference_with_a_reason():
+    choice = ops.choose("matrix_std", CPU, dtypes=[torch.float64])
+    assert choice.backend == "reference"
+    with pytest.raises(ops.BackendError, match=r"not torch\.float64.*Usable here: reference"):
+        ops.matrix_std(torch.zeros(3, dtype=torch.float64), backend="native")
 
 
 def test_the_table_names_every_pair_once():

@@ -38,6 +38,8 @@ def test_follows_torch_adamw_over_steps(target, k):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_small_steps_add_up_in_the_master_copy(target, dtype):
+    if dtype == torch.float64 and target.backend != "reference":
+        pytest.skip("kernels take no float64")
     weight = torch.ones(10, dtype=dtype, device=target.device)
     indices = torch.tensor([2, 9], device=target.device)
     master = weight[indices].float()

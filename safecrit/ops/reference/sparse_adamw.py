@@ -6,6 +6,7 @@ import torch
 
 from safecrit.ops.adamw import AdamWStep
 from safecrit.ops.reference.adamw import update
+from safecrit.ops.sparse_adamw import check_range
 
 
 def sparse_adamw(
@@ -18,5 +19,6 @@ def sparse_adamw(
     settings: AdamWStep,
 ) -> None:
     """See `safecrit.ops.sparse_adamw_`; its arguments have been checked there."""
-    update(master, grad_k, exp_avg, exp_avg_sq, settings)
+    check_range(indices, weight.numel())
+    update(master, grad_k.float(), exp_avg, exp_avg_sq, settings)
     weight.view(-1).index_copy_(0, indices, master.to(weight.dtype))
