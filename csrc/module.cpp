@@ -2,12 +2,14 @@
 #include <pybind11/pybind11.h>
 
 #include "esi_accumulate.h"
+#include "select_module.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "CPU kernels of safecrit.ops. Called through safecrit.ops, which checks the arguments.";
     module.def("variant", &safecrit::cpu_variant);
+    safecrit::bind_select(module);
     module.def(
         "esi_accumulate",
         [](uintptr_t acc, uintptr_t grad, int64_t rows, int64_t cols, int64_t acc_row_stride, int64_t acc_col_stride,

@@ -13,3 +13,28 @@ def esi_accumulate(
     reduction: int,
     threads: int,
 ) -> int: ...
+def select_top(
+    data: list[int],
+    sizes: list[int],
+    dtypes: list[int],
+    k: int,
+    largest: bool,
+    out: int,
+    counts: int,
+    threads: int,
+    *,
+    segment: int = ...,
+    runs: int = ...,
+    run: int = ...,
+    low: int = ...,
+    high: int = ...,
+) -> tuple[bool, int, int, int, int, int]: ...
+def select_random(
+    positions: list[int],
+    sizes: list[int],
+    k: int,
+    seed: int,
+    out: int,
+    counts: int,
+    threads: int,
+) -> None: ...

@@ -32,7 +32,14 @@ _OPS: dict[str, dict[str, str]] = {
         "reference": "safecrit.ops.reference.esi_accumulate:esi_accumulate",
     },
     "matrix_std": {"reference": "safecrit.ops.reference.matrix_std:matrix_std"},
-    "select_top": {"reference": "safecrit.ops.reference.select_top:select_top"},
+    "select_top": {
+        "native": "safecrit.ops.native_select:select_top_cpu",
+        "reference": "safecrit.ops.reference.select_top:select_top",
+    },
+    "select_random": {
+        "native": "safecrit.ops.native_select:select_random_cpu",
+        "reference": "safecrit.ops.reference.select_random:select_random",
+    },
     "sparse_adamw_": {"reference": "safecrit.ops.reference.sparse_adamw:sparse_adamw"},
     "masked_adamw_": {"reference": "safecrit.ops.reference.masked_adamw:masked_adamw"},
     "bits_from_indices": {"reference": "safecrit.ops.reference.bits:bits_from_indices"},

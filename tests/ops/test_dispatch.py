@@ -51,7 +51,7 @@ def test_a_backend_asked_for_and_missing_raises_and_lists_what_there_is(backend)
 def test_the_table_names_every_pair_once():
     rows = ops.backends()
     pairs = [(row.op, row.backend) for row in rows]
-    assert len(set(pairs)) == len(pairs) == 7 * 4
+    assert len(set(pairs)) == len(pairs) == 8 * 4
     assert all(row.reason for row in rows)
     assert all(row.available for row in rows if row.backend == "reference")
 
