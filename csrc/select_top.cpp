@@ -58,14 +58,14 @@ class Sample {
 public:
     Sample(const Scores& scores, int64_t total, const SelectTuning& tuning) {
         const std::vector<int64_t>& sizes = scores.args.sizes;
-        const int64_t share = total / tuning.runs, length = std::min(tuning.run, share);
+        const int64_t share = total / tuning.runs, rest = total % tuning.runs, length = std::min(tuning.run, share);
         std::vector<uint32_t> positions(kRoom), ranks(kRoom);
         ranks_.reserve(static_cast<size_t>(tuning.runs * length));
         size_t tensor = 0;
         int64_t before = 0, ties = 0;  // entries of the tensors before this one
         for (int64_t run = 0; run < tuning.runs; ++run) {
             const auto jitter = static_cast<int64_t>(mix(static_cast<uint64_t>(run) + 1) >> 1) % (share - length + 1);
-            int64_t place = run * share + jitter;
+            int64_t place = run * share + run * rest / tuning.runs + jitter;
             for (int64_t left = length; left > 0;) {
                 while (place - before >= sizes[tensor]) before += sizes[tensor++];
                 const int64_t index = place - before;

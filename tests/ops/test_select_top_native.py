@@ -122,15 +122,27 @@ def test_one_read_is_usual_and_a_missed_range_costs_more_but_changes_nothing(mon
 
 
 def test_the_histogram_decides_where_the_sample_misleads(monkeypatch):
-    # One run of one entry sees nothing of this, twice.
-    tuning = {"runs": 1, "run": 1}
-    scores = [torch.cat([randn(3000) * 1e-3, randn(3000, seed=1), torch.full((3000,), 0.5)])[torch.randperm(9000)]]
+    """First a rank that is given, then the only sampled one; 2^20 entries are too many to store all the others."""
+    tuning = {"runs": 1, "run": 1, "low": 1, "high": 1}
+    above = float(np.nextafter(np.float32(0.5), np.float32(1)))
+    parts = [randn(300_000) * 1e-3, torch.full((700_000,), 0.5), torch.full((700_000,), -above), 9 + randn(100_000)]
+    scores = torch.cat(parts)[torch.randperm(1_800_000, generator=torch.Generator().manual_seed(2))]
+    scores[:50] = torch.nan
     monkeypatch.setattr(native_select, "tuning", tuning)
     seen = set()
-    for k in (1, 500, 2000, 3000, 6000, 8999):
-        agree(scores, k)
-        seen.add(passes(scores, k, **tuning))
-    assert max(seen) >= 2
+    for k in (1, 50_000, 450_000, 1_150_000, 1_600_000, 1_799_950):
+        agree([scores], k)
+        seen.add(passes([scores], k, **tuning))
+    assert {4, 5} <= seen  # with a histogram of the upper digit, and of both
+    with pytest.raises(ValueError, match="only 1799950 entries are not NaN"):
+        ops.select_top([scores], 1_799_951, backend="native")
+
+
+def test_the_end_of_the_list_is_sampled_too():
+    """Where the largest are last and few, leaving them out would miss the threshold."""
+    scores = torch.zeros(4096 * 300 - 1)
+    scores[-4000:] = randn(4000)
+    assert passes([scores], 3000) == 1
 
 
 @pytest.mark.parametrize("share", [0.001, 0.0099, 0.01, 0.0101, 0.5])
@@ -198,8 +210,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for largest in (True, False):
         for tensors, k in (([scores[:9], scores[9:]], 5000), ([scores * 0], 4000)):
             found = ops.select_top(tensors, k, largest=largest, backend="native")
-            digest.update(repr((torch.cat(found.indices).tolist(), found.threshold_bits, found.tied, found.nan)).encode())
-digest.update(repr(ops.select_random([200_000, 300_000], 4000, 3, backend="native")).encode())
+            digest.update(repr((found.indices, found.threshold_bits, found.tied, found.nan)).encode())
+            digest.update(torch.cat(found.indices).numpy().tobytes())
+digest.update(torch.cat(ops.select_random([200_000, 300_000], 4000, 3, backend="native")).numpy().tobytes())
 print(native.cpu_module()[1], digest.hexdigest())
 """
 
