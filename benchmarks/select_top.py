@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import threading
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,6 +71,11 @@ def rows_of(device: str, numel: int) -> list[Row]:
             run = partial(ops.select_top, scores, k, backend=name)  # type: ignore[arg-type]
             rows.append(measure(f"{name} {label}", size * numel, run, device, repeats))
     if device == "cpu":
+        with AnonymousPeak() as peak:
+            kept = ops.select_top([normal], k)
+        extra = peak.mib - k * 8 / (1 << 20)
+        assert len(kept.indices[0]) == k
+        print(f"anonymous memory: {peak.mib:.0f} MiB, {extra:.0f} MiB more than the output's")
         rows.append(measure("select_random", 4 * numel, lambda: ops.select_random([numel], k, 0), device, 5))
     return rows
 
@@ -101,9 +105,9 @@ class AnonymousPeak:
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
-def mapped_rows(folder: Path, numel: int) -> tuple[list[Row], float]:
-    """2^27 entries to a file: one sequential read of the files in order, then select_top of them, mapped."""
-    files, size = [], 1 << 27
+def mapped_rows(folder: Path, numel: int) -> list[Row]:
+    """Files of 2^27 float32 each: a sequential read of all of them, then select_top of them, mapped anew each time."""
+    files, size, k = [], 1 << 27, numel // SHARE
     for place in range(0, numel, size):
         files.append(folder / f"{place}.safetensors")
         save_file({"scores": torch.randn(min(size, numel - place))}, files[-1])
@@ -115,37 +119,33 @@ def mapped_rows(folder: Path, numel: int) -> tuple[list[Row], float]:
                 while stream.readinto(buffer):
                     pass
 
-    scores = [load_file(file)["scores"] for file in files]
-    k = numel // SHARE
+    def select() -> ops.Selection:
+        return ops.select_top([load_file(file)["scores"] for file in files], k)
+
+    rows = [measure("one sequential read of the files", 4 * numel, read, "cpu", 5)]
     with AnonymousPeak() as peak:
-        found = ops.select_top(scores, k)
-    total = sum(len(indices) for indices in found.indices)
+        total = sum(len(indices) for indices in select().indices)
     if total != k:
         raise SystemExit(f"{total} entries selected instead of {k}")
-    del found
-    rows = [measure("one sequential read of the files", 4 * numel, read, "cpu", 3)]
-    rows.append(measure("select_top of the mapped files", 4 * numel, lambda: ops.select_top(scores, k), "cpu", 3))
-    return rows, peak.mib
+    name = f"mapped, {peak.mib:.0f} MiB anonymous"
+    return [*rows, measure(name, 4 * numel, select, "cpu", 5)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--numel", type=int, default=1 << 27)
-    parser.add_argument("--mapped", type=Path, metavar="FOLDER", help="also 2 B float32 in files written to FOLDER")
-    parser.add_argument("--mapped-numel", type=int, default=2_000_000_000)
+    parser.add_argument("--numel", type=int, help="default: 2^27; with --mapped 2,000,000,000")
+    parser.add_argument("--mapped", type=Path, metavar="FOLDER", help="select from files, 8 GB written to FOLDER")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
-    rows = rows_of(options.device, options.numel) if options.numel else []
     if options.mapped:
         with tempfile.TemporaryDirectory(dir=options.mapped) as folder:
-            start = time.perf_counter()
-            found, peak = mapped_rows(Path(folder), options.mapped_numel)
-        print(f"mapped: {peak:.0f} MiB of anonymous memory at most, {time.perf_counter() - start:.0f} s in all")
-        rows += found
+            rows = mapped_rows(Path(folder), options.numel or 2_000_000_000)
+    else:
+        rows = rows_of(options.device, options.numel or 1 << 27)
     report(rows, options.device, rows[0], "of read")
     if options.save:
-        print(save(rows, options.device, "select-top"))
+        print(save(rows, options.device, "select-top-mapped" if options.mapped else "select-top"))
 
 
 if __name__ == "__main__":
