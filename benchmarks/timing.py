@@ -52,12 +52,12 @@ def measure(name: str, moved: int, function: Callable[[], object], device: str, 
     return Row(name, moved, median * 1e3, cuts[0] * 1e3, cuts[-1] * 1e3, moved / median / 1e9)
 
 
-def report(rows: list[Row], device: str, copy: Row) -> None:
-    """Print a table; the last column compares with the copy measured in the same run."""
+def report(rows: list[Row], device: str, yardstick: Row, column: str = "of copy") -> None:
+    """Print a table; the last column compares with the copy, or another yardstick, measured in the same run."""
     print(f"{machine(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'':36}{'ms':>10}{'p20':>10}{'p80':>10}{'GB/s':>10}{'of copy':>10}")
+    print(f"{'':36}{'ms':>10}{'p20':>10}{'p80':>10}{'GB/s':>10}{column:>10}")
     for row in rows:
-        share = row.gigabytes_per_second / copy.gigabytes_per_second
+        share = row.gigabytes_per_second / yardstick.gigabytes_per_second
         print(
             f"{row.name:36}{row.milliseconds:10.3f}{row.p20:10.3f}{row.p80:10.3f}{row.gigabytes_per_second:10.1f}"
             f"{share:10.0%}"

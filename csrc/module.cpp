@@ -3,6 +3,7 @@
 
 #include "esi_accumulate.h"
 #include "ops_module.h"
+#include "select_module.h"
 
 namespace py = pybind11;
 
@@ -10,6 +11,7 @@ PYBIND11_MODULE(_native, module) {
     module.doc() = "CPU kernels of safecrit.ops. Called through safecrit.ops, which checks the arguments.";
     module.def("variant", &safecrit::cpu_variant);
     safecrit::bind_ops(module);
+    safecrit::bind_select(module);
     module.def(
         "esi_accumulate",
         [](uintptr_t acc, uintptr_t grad, int64_t rows, int64_t cols, int64_t acc_row_stride, int64_t acc_col_stride,

@@ -99,6 +99,13 @@ def _select_top(backend: str, device: torch.device) -> str | None:
     return None if torch.equal(chosen, expected) else "selected other entries than a full sort"
 
 
+def _select_random(backend: str, device: torch.device) -> str | None:
+    ours = ops.select_random([1001, 627], 100, 7, backend=backend)  # type: ignore[arg-type]
+    expected = ops.select_random([1001, 627], 100, 7, backend="reference")
+    same = all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    return None if same else "selected other entries than the reference"
+
+
 def _adamw(backend: str, device: torch.device, *, masked: bool) -> str | None:
     weight, grad = _made(513), _made(513, seed=1)
     settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
@@ -133,6 +140,7 @@ _CHECKS: dict[str, Callable[[str, torch.device], str | None]] = {
     "esi_accumulate_": _esi_accumulate,
     "matrix_std": _matrix_std,
     "select_top": _select_top,
+    "select_random": _select_random,
     "sparse_adamw_": lambda backend, device: _adamw(backend, device, masked=False),
     "masked_adamw_": lambda backend, device: _adamw(backend, device, masked=True),
     "bits_from_indices": _bits,

@@ -42,3 +42,28 @@ def bits_from_indices(indices: int, k: int, numel: int, bits: int, threads: int)
 def count_bits(bits: int, bytes: int, threads: int) -> int: ...
 def indices_from_bits(bits: int, bytes: int, indices: int, k: int, threads: int) -> None: ...
 def read_memory(data: int, bytes: int, threads: int) -> int: ...
+def select_top(
+    data: list[int],
+    sizes: list[int],
+    dtypes: list[int],
+    k: int,
+    largest: bool,
+    out: int,
+    counts: int,
+    threads: int,
+    *,
+    segment: int = ...,
+    runs: int = ...,
+    run: int = ...,
+    low: int = ...,
+    high: int = ...,
+) -> tuple[bool, int, int, int, int, int]: ...
+def select_random(
+    positions: list[int],
+    sizes: list[int],
+    k: int,
+    seed: int,
+    out: int,
+    counts: int,
+    threads: int,
+) -> None: ...

@@ -36,7 +36,14 @@ _OPS: dict[str, dict[str, str]] = {
         "native": "safecrit.ops.native_std:matrix_std_cpu",
         "reference": "safecrit.ops.reference.matrix_std:matrix_std",
     },
-    "select_top": {"reference": "safecrit.ops.reference.select_top:select_top"},
+    "select_top": {
+        "native": "safecrit.ops.native_select:select_top_cpu",
+        "reference": "safecrit.ops.reference.select_top:select_top",
+    },
+    "select_random": {
+        "native": "safecrit.ops.native_select:select_random_cpu",
+        "reference": "safecrit.ops.reference.select_random:select_random",
+    },
     "sparse_adamw_": {
         "cuda": "safecrit.ops.native_adamw:sparse_adamw_cuda",
         "triton": "safecrit.kernels.adamw:sparse_adamw",

@@ -1,0 +1,67 @@
+"""Calls of the compiled select_top and select_random: tensors to pointers, and their result to a Selection."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+
+from safecrit.ops import native
+from safecrit.ops.select_top import Selection
+
+INFINITY_BITS = 0x7F800000
+
+# Arguments of csrc/select_top.h's SelectTuning in place of its defaults: tests force rare paths with them.
+tuning: dict[str, int] = {}
+
+
+def select_top_cpu(scores: Sequence[torch.Tensor], k: int, largest: bool) -> Selection:
+    """C++ kernel of `safecrit.ops.select_top`."""
+    module, _ = native.cpu_module()
+    assert module is not None, "chosen only where it can be imported"
+    flat = [_readable(tensor) for tensor in scores]
+    total = sum(tensor.numel() for tensor in flat)
+    out = torch.empty(min(k, total), dtype=torch.int64)
+    counts = torch.empty(len(flat), dtype=torch.int64)
+    enough, bits, tied, tied_selected, nan, _ = module.select_top(
+        [tensor.data_ptr() for tensor in flat],
+        [tensor.numel() for tensor in flat],
+        [native.DTYPE_CODES[tensor.dtype] for tensor in flat],
+        min(k, total),
+        largest,
+        out.data_ptr(),
+        counts.data_ptr(),
+        torch.get_num_threads(),
+        **tuning,
+    )
+    if k > total or not enough:
+        raise ValueError(f"select_top: k is {k}, but only {total - nan} entries are not NaN")
+    if k == 0:
+        bits = INFINITY_BITS if largest else 0
+    threshold = float(struct.unpack("<f", struct.pack("<I", bits))[0])
+    return Selection(list(out.split(counts.tolist())), threshold, bits, tied, tied_selected, nan)
+
+
+def select_random_cpu(tensors: Sequence[tuple[int, int]], k: int, seed: int) -> list[torch.Tensor]:
+    """C++ kernel of `safecrit.ops.select_random`."""
+    module, _ = native.cpu_module()
+    assert module is not None, "chosen only where it can be imported"
+    out = torch.empty(k, dtype=torch.int64)
+    counts = torch.empty(len(tensors), dtype=torch.int64)
+    module.select_random(
+        [position for position, _ in tensors],
+        [size for _, size in tensors],
+        k,
+        seed % (1 << 64),
+        out.data_ptr(),
+        counts.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return list(out.split(counts.tolist()))
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as the kernel reads it: a copy where it is not contiguous or, in a mapped file, misaligned."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
