@@ -25,6 +25,12 @@ class CheckFailed(SafecritError):
     exit_code = 3
 
 
+class NothingToDo(SafecritError):
+    """What was asked for is done already. Exit code 0: a script that restarts what was interrupted ends well."""
+
+    exit_code = 0
+
+
 class FormatError(SafecritError, ValueError):
     """A file that is not what its format promises; names the file and the first fault found."""
 

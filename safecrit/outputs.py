@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from safecrit.errors import SafecritError
+from safecrit.errors import NothingToDo, SafecritError
 from safecrit.files import PART, write_text
 
 PACKAGES = ("safecrit", "torch", "transformers", "safetensors", "numpy")
@@ -35,8 +35,8 @@ class OutputFolder:
     resumed: bool
 
     def finish(self) -> None:
-        """Mark the work done; a later run of the same configuration is refused instead of resumed."""
-        _write(self.config_file, self.command, self.config, finished=True)
+        """Mark the work done; a later run of the same configuration does not take it up."""
+        _write(self.config_file, self.command, self.config, finished=True, resumed=self.resumed)
 
 
 def default_output(command: str, name: str) -> Path:
@@ -57,7 +57,8 @@ def open_output(
 
     `inside` names the sub-folder for our own files (`safecrit` in model folders).
     Raises SafecritError where the folder holds something else, naming the keys
-    that differ and the ways on; `overwrite` empties it if it is an earlier output of ours,
+    that differ and the ways on, and NothingToDo where an interrupted run of the same settings was resumed and
+    finished, so that whoever starts it once more need not know; `overwrite` empties it if it is an earlier output of ours,
     `reuse_finished` takes a finished run of the same settings up again.
     """
     path = path.expanduser()
@@ -80,6 +81,10 @@ def open_output(
                 f"{path}: holds a run with other settings ({'; '.join(differing)}). Use --overwrite or another -o."
             )
         elif earlier.get("finished") and not reuse_finished:
+            if earlier.get("resumed"):
+                raise NothingToDo(
+                    f"{path}: the run that was interrupted and resumed here is finished. --overwrite makes it again."
+                )
             raise SafecritError(
                 f"{path}: already holds the finished run of these settings. Use --overwrite or another -o."
             )
@@ -91,7 +96,7 @@ def open_output(
     for place in (path, config_file.parent):
         for stale in place.glob(f".*{PART}") if place.is_dir() else ():
             stale.unlink()
-    _write(config_file, command, config, finished=False)
+    _write(config_file, command, config, finished=False, resumed=resumed)
     return OutputFolder(path=path, config_file=config_file, command=command, config=config, resumed=resumed)
 
 
@@ -134,11 +139,12 @@ def environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "platform": platform.platform(), "versions": versions}
 
 
-def _write(file: Path, command: str, config: dict[str, Any], *, finished: bool) -> None:
+def _write(file: Path, command: str, config: dict[str, Any], *, finished: bool, resumed: bool) -> None:
     content = {
         "command": command,
         "config": config,
         "finished": finished,
+        "resumed": resumed,
         "command_line": " ".join(sys.argv),
         "environment": environment(),
     }

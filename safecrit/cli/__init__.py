@@ -28,5 +28,8 @@ def main() -> None:
     except SafecritError as error:
         if debug:
             traceback.print_exc()
-        report_error(str(error))
+        if error.exit_code:
+            report_error(str(error))
+        else:
+            sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)

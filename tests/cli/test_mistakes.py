@@ -120,6 +120,8 @@ def test_ctrl_c_says_so_and_the_run_resumes(
     assert ran.code == 130 and "interrupted" in ran.err and "Traceback" not in ran.err
     resumed = cli(*score(world, tmp_path / "cut", **flags))
     assert resumed.code == 0 and "resuming" in resumed.err
+    again = cli(*score(world, tmp_path / "cut", **flags))
+    assert again.code == 0 and "is finished" in again.err
     name = "scores-00001-of-00001.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
