@@ -58,7 +58,7 @@ def open_output(
     `inside` names the sub-folder for our own files (`safecrit` in model folders).
     Raises SafecritError where the folder holds something else, naming the keys
     that differ and the ways on, and NothingToDo where an interrupted run of the same settings was resumed and
-    finished, so that whoever starts it once more need not know; `overwrite` empties it if it is an earlier output of ours,
+    finished: whoever starts it once more need not know. `overwrite` empties it if it is an earlier output of ours,
     `reuse_finished` takes a finished run of the same settings up again.
     """
     path = path.expanduser()
