@@ -353,7 +353,7 @@ def test_dry_run_without_a_judge(folders: Path) -> None:
     found = dry_run(job(folders, scoring=refusal), gpu_memory="24GiB", output=folders)
     assert found.judge is None
     assert not any("judge" in part["name"] for part in found.parts)
-    assert "No judge." in lines(found)[0]
+    assert "No judge model." in lines(found)[0]
 
 
 def test_dry_run_counts_given_answers(folders: Path, tmp_path: Path) -> None:

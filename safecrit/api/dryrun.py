@@ -26,9 +26,8 @@ class DryRun:
     settings: the plan with its automatic choices made. parts: name, bytes, place, phases. peaks: by place and
     phase. available: by place; a judge on a device of its own has what the model's has. lacking: of each place that
     is too small the fullest phase, its bytes, and its largest part. best: the largest batch sizes that fit, None
-    where none does. advice: what to lower, "" where all fits. work: name, flops,
-    bytes moved, seconds. `seconds` is None where the machine's rates are not known. first_prompt: as the model
-    reads it.
+    where none does. advice: what to lower, "" where all fits. work: name, flops, bytes moved, seconds. `seconds` is
+    None where the machine's rates are not known. first_prompt: as the model reads it.
     """
 
     model: str
@@ -60,6 +59,7 @@ def dry_run(
     found = survey(job, gpu_memory=gpu_memory, output=output)
     model, judge, plan, account = found.model, found.judge, found.account.plan, found.account
     best, available, counts = found.best, found.available, found.prompt_tokens
+    lacking = _lacking(account, available)
     if rates is None and gpu_memory is None:
         rates = probe(found.device, {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[plan.itemsize])
     spent = [_seconds(w, rates) for w in account.work] if rates is not None else None
@@ -80,10 +80,10 @@ def dry_run(
         parts=[asdict(part) for part in account.parts],
         peaks={place: {phase: account.in_phase(place, phase) for phase in PHASES} for place in PLACES},
         available=available,
-        fits=_fits(account, available),
-        lacking=_lacking(account, available),
+        fits=not lacking,
+        lacking=lacking,
         best={"batch_size": best.plan.batch_size, "judge_batch_size": best.plan.judge_batch_size} if best else None,
-        advice=_advice(model, judge, account, best, available),
+        advice=_advice(model, judge, account, best, available) if lacking else "",
         work=work,
         seconds=sum(spent) if spent is not None else None,
         first_prompt=found.first_prompt,
@@ -99,7 +99,7 @@ def lines(found: DryRun) -> list[str]:
         rows.append((part["name"], _gib(part["bytes"]), part["place"], "" if part["place"] == "disk" else phases))
     out = [
         f"Model {found.model}: {found.weights['model']:,} weights, {found.weights['eligible']:,} of them to be scored. "
-        + (f"Judge {found.judge}: {found.weights['judge']:,}." if found.judge else "No judge."),
+        + (f"Judge {found.judge}: {found.weights['judge']:,}." if found.weights["judge"] else "No judge model."),
         f"{s['prompts']} prompts of {s['mean_prompt_tokens']:.0f} tokens on average, 95 % up to "
         f"{found.prompt_percentile_95}, longest {s['prompt_tokens']}; answers of up to {s['answer_tokens']}; "
         f"{s['batch_size']} prompts and {s['judge_batch_size']} conversations at once.",
@@ -136,10 +136,6 @@ def lines(found: DryRun) -> list[str]:
     return [*out, "", "The first prompt, as the model reads it:", found.first_prompt]
 
 
-def _fits(account: Account, available: dict[str, int]) -> bool:
-    return account.fits(available["device"], available["host"]) and account.peak("disk") <= available["disk"]
-
-
 def _lacking(account: Account, available: dict[str, int]) -> list[dict[str, Any]]:
     """Each place that is too small: its fullest phase, and the largest part there."""
     found = []
@@ -168,8 +164,6 @@ def _advice(
     model: ModelShape, judge: ModelShape | None, account: Account, best: Account | None, available: dict[str, int]
 ) -> str:
     """What to change so that it fits."""
-    if _fits(account, available):
-        return ""
     if account.peak("disk") > available["disk"]:
         return "Give an --output on a larger disk, or --score-dtype bfloat16."
     if best is not None:

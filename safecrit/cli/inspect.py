@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safecrit.cli import options as o
+from safecrit.cli.score import stability_lines
 from safecrit.cli.sink import Sink
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def _mask(mask: Mask, sink: Sink) -> None:
     if info.scoring:
         shown = ", ".join(f"{k} {v}" for k, v in sorted(info.scoring.items()) if not isinstance(v, dict))
         sink.line(f"scored by    {shown}")
+        for line in stability_lines(info.scoring.get("stability") or {}):
+            sink.line(line)
     sink.line()
     components = mask_by_component(mask)
     sink.table(

@@ -203,6 +203,20 @@ def job_of(settings: dict[str, Any]) -> ScoreJob:
     )
 
 
+def stability_lines(stability: dict[str, Any]) -> list[str]:
+    """How far halves and seeds agreed, one line each, from score.json or a mask."""
+    lines = []
+    for kind, found in stability.items():
+        shares = ", ".join(
+            f"{100 * row['share']:g} %: IoU {row['iou']:.2f} (chance {row['chance']:.3f})" for row in found["shares"]
+        )
+        correlation = found["spearman"]["value"]
+        known = "undefined" if correlation is None else f"{correlation:.2f}"
+        shares = shares or "no share has enough scores"
+        lines.append(f"Stability, {kind}: {shares}; rank correlation {known}.")
+    return lines
+
+
 def _dry_run(settings: dict[str, Any], gpu_memory: str | None, output: Path, sink: Sink) -> None:
     from dataclasses import asdict
 
@@ -240,11 +254,8 @@ def run(settings: dict[str, Any], output: Path, overwrite: bool, sink: Sink) -> 
             f"{name}: {counted}{number} {judged['mean']:+.2f} +- {judged['std']:.2f} "
             f"({judged['min']:+.2f} to {judged['max']:+.2f})."
         )
-    for kind, found in (info.get("stability") or {}).items():
-        shares = ", ".join(
-            f"{100 * row['share']:g} %: IoU {row['iou']:.2f} (chance {row['chance']:.3f})" for row in found["shares"]
-        )
-        sink.line(f"Stability, {kind}: {shares}; rank correlation {found['spearman']['value']:.2f}.")
+    for line in stability_lines(info.get("stability") or {}):
+        sink.line(line)
     sink.line(f"Scores: {folder.path}")
     sink.line(f"Next: safecrit mask {folder.path} --top 1% -o mask.safetensors")
     sink.result(

@@ -215,9 +215,10 @@ def test_a_judge_that_says_the_same_of_everything_is_told(cli: Cli, world: World
     guard = tiny.llama(len(judges), seed=1)
     torch.nn.init.zeros_(guard.lm_head.weight)
     tiny.loaded(guard, judges, tmp_path / "guard")
-    ran = cli(*score(world, tmp_path / "out", judge=tmp_path / "guard"))
+    ran = cli(*score(world, tmp_path / "out", judge=tmp_path / "guard", stability=True))
     warning = "the judge says the same for every answer: these scores mean nothing; use another judge"
     assert ran.code == 0 and f"warning: {warning}" in ran.err
     assert warning in json.loads((tmp_path / "out" / "score.json").read_text())["warnings"]
+    assert "Stability, halves: no share has enough scores; rank correlation undefined." in ran.out
     usual = cli(*score(world, tmp_path / "usual"))
     assert usual.code == 0 and "says the same" not in usual.err

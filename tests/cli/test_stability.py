@@ -43,12 +43,15 @@ def test_halves_and_seeds_are_compared_and_the_whole_is_their_mean(cli: Cli, wor
 
 
 def test_the_mask_carries_the_result(cli: Cli, world: World, tmp_path: Path) -> None:
-    assert cli(*score(world, tmp_path / "scores", stability=True, relaxation="softmax")).code == 0
+    ran = cli(*score(world, tmp_path / "scores", stability=True, relaxation="softmax"))
+    assert ran.code == 0, ran.err
     assert cli("mask", tmp_path / "scores", "--top", "1%", "-o", tmp_path / "m.safetensors").code == 0
     measured = json.loads((tmp_path / "scores" / "score.json").read_text())["stability"]
     assert measured.keys() == {"halves"}  # without noise there is no second seed
     kept = Mask.load(tmp_path / "m.safetensors").info.scoring["stability"]
     assert kept == {"halves": {key: measured["halves"][key] for key in ("shares", "spearman")}}
+    line = next(line for line in ran.out.splitlines() if line.startswith("Stability, halves: 0.1 %: IoU "))
+    assert line in cli("inspect", tmp_path / "m.safetensors").out.splitlines()
 
 
 @pytest.mark.parametrize("at", [2, 3, 4, 6])
