@@ -23,6 +23,4 @@ using Filter = int (*)(const void* data, int count, bool largest, uint32_t floor
 
 Filter select_filter(Dtype dtype, bool count_ties);
 
-inline int64_t item_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
 }  // namespace safecrit
