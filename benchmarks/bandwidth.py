@@ -25,7 +25,7 @@ def bandwidth(device: str, numel: int) -> list[Row]:
 
 
 def read(source: torch.Tensor) -> Row:
-    """The best plain read of `source`, float32: on the CPU exclusive ors, four streams a thread; else torch's maximum."""
+    """The best plain read of `source`, float32: on the CPU exclusive ors, four streams a thread; else a maximum."""
     module, _ = native.cpu_module()
     moved = 4 * source.numel()
     if source.device.type != "cpu" or module is None:

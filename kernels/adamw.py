@@ -8,7 +8,7 @@
 The factors are those of csrc/adamw.h (Loshchilov and Hutter, arXiv 1711.05101). A
 program handles BLOCK entries. Every operation is rounded by itself
 (`enable_fp_fusion=False`, correctly rounded root and quotient), so that the result
-has the reference's bits.
+has the C++ kernels' bits.
 """
 
 from __future__ import annotations

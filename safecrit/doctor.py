@@ -83,11 +83,14 @@ def _esi_accumulate(backend: str, device: torch.device) -> str | None:
 
 
 def _matrix_std(backend: str, device: torch.device) -> str | None:
-    weight = _made(24, 35)
     parts = [Strided(0, (24, 5), (35, 1)), Strided(5, (24, 30), (35, 1))]
-    ours = ops.matrix_std(weight.to(device), parts, backend=backend)  # type: ignore[arg-type]
-    expected = torch.stack([weight[:, :5].double().std(), weight[:, 5:].double().std()])
-    return _differ("std", ours, expected, 1e-6)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight = (_made(24, 35) + 3).to(dtype)
+        ours = ops.matrix_std(weight.to(device), parts, backend=backend)  # type: ignore[arg-type]
+        expected = torch.stack([weight[:, :5].double().std(), weight[:, 5:].double().std()])
+        if wrong := _differ(f"std of {dtype}", ours, expected, 1e-12):
+            return wrong
+    return None
 
 
 def _select_top(backend: str, device: torch.device) -> str | None:
@@ -126,6 +129,9 @@ def _adamw(backend: str, device: torch.device, *, masked: bool) -> str | None:
         some, master = grad[selected].to(device), weight[selected].to(device)
         zeros = torch.zeros_like(some)
         ops.sparse_adamw_(ours, selected.to(device), some, master, zeros, zeros.clone(), **settings)
+    kept = expected == weight
+    if not torch.equal(ours.cpu()[kept], weight[kept]):
+        return "an entry moved that must not"
     return _differ("weight", ours, expected, 1e-6)
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safecrit import ops
+from safecrit.ops import native
 from safecrit.ops.reference import matrix_std as reference
 from safecrit.strided import Strided
 
@@ -79,6 +83,87 @@ def test_constants_non_finite_and_views(target):
 def test_against_numpy(target, values):
     weight = torch.tensor(values, device=target.device)
     assert float(ops.matrix_std(weight, backend=target.backend)) == pytest.approx(brute_force(weight), rel=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_patterns_against_numpy(target, data):
+    dims = data.draw(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=4))
+    strides, step = [], 1
+    for size, gap in dims:
+        strides.append(step + gap)
+        step = (step + gap) * size
+    order = data.draw(st.permutations(range(len(dims))))
+    pattern = Strided(
+        data.draw(st.integers(0, 5)), tuple(dims[d][0] for d in order), tuple(strides[d] for d in order)
+    )  # fmt: skip
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 32)))
+    weight = torch.randn(step + 6, generator=generator) + data.draw(st.sampled_from([0.0, 3.0, 900.0]))
+    weight = weight.to(target.device, dtype)
+    found = float(ops.matrix_std(weight, [pattern], backend=target.backend)[0])
+    part = pattern.of(weight)
+    assert found == pytest.approx(brute_force(part) if part.numel() > 1 else 0.0, rel=1e-7, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_many_tiles_on_any_number_of_threads(target, dtype):
+    numel, before = 1_000_003, torch.get_num_threads()
+    weight = (torch.randn(numel + 1, generator=torch.Generator().manual_seed(0)) * 0.02 + 0.01).to(target.device, dtype)
+    patterns = [Strided(1, (numel,), (1,)), Strided(0, (999, 100), (1001, 1)), Strided(5, (333, 1000), (3, 1000))]
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            results.append(ops.matrix_std(weight, patterns, backend=target.backend).tolist())
+        finally:
+            torch.set_num_threads(before)
+    if target.backend != "reference":  # torch's own sums depend on the number of threads, in the last bits
+        assert results[0] == results[1] == results[2]
+    assert results[0] == pytest.approx([brute_force(pattern.of(weight)) for pattern in patterns], rel=1e-12)
+
+
+def test_denormals_and_extremes(target):
+    for values in ([1e-45, 3e-45, 0.0], [3e38, -3e38, 1.0], [1e-40, -2e-40, 3e-40]):
+        weight = torch.tensor(values * 40, device=target.device)
+        found = float(ops.matrix_std(weight, backend=target.backend))
+        assert found == pytest.approx(brute_force(weight), rel=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["plain", "avx2"])
+def test_native_variants_give_the_same_bits(variant, tmp_path):
+    if native.cpu_module()[0] is None:
+        pytest.skip("no native module here")
+    code = """
+import torch
+from safecrit import ops
+from safecrit.ops import native
+from safecrit.strided import Strided
+torch.manual_seed(0)
+found = []
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for mean in (0.0, 50.0):
+        weight = (torch.randn(40_001) + mean).to(dtype)
+        parts = [Strided(0, (40_001,), (1,)), Strided(1, (77, 130), (500, 1))]
+        found += ops.matrix_std(weight, parts, backend="native").tolist()
+    first, second, grad, free = torch.randn(999), torch.rand(999), torch.randn(999).to(dtype), torch.zeros(125).byte()
+    weight = torch.randn(999).to(dtype)
+    settings = dict(step=3, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, backend="native")
+    ops.masked_adamw_(weight, grad, first, second, free, **settings)
+    state = (first[:300], first[300:600], second[:300])
+    ops.sparse_adamw_(weight, torch.arange(0, 900, 3), grad[:300], *state, **settings)
+    found += [float(t.double().sum()) for t in (weight, first, second)]
+print(native.cpu_module()[1], [value.hex() for value in found], sep="|")
+"""
+    found = {}
+    for limit in ("", variant):
+        environment = os.environ | {"SAFECRIT_CPU": limit}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+        )
+        name, _, found[limit] = done.stdout.strip().partition("|")
+    assert name in (f"C++, {variant}", "C++, plain")
+    assert found[""] == found[variant]
 
 
 def test_refused():

@@ -10,7 +10,10 @@ from safecrit.ops.adamw import AdamWStep
 def update(
     weight: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, settings: AdamWStep
 ) -> None:
-    """Update `weight`, `exp_avg` and `exp_avg_sq` (float32) in place, rounding after each operation of csrc/adamw.h."""
+    """Update `weight`, `exp_avg` and `exp_avg_sq` (float32) in place, by the formula of csrc/adamw.h.
+
+    torch's square root is not always the nearest float, so the last bit may differ from the kernels'.
+    """
     clip, one_minus_beta1, beta2, one_minus_beta2, keep, step_size, eps = settings.factors
     grad = grad * clip
     exp_avg.add_((grad - exp_avg).mul_(one_minus_beta1))
