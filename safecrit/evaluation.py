@@ -11,8 +11,9 @@ Answers come from a callable or were made before: nothing here loads a model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from safecrit.answers import exact_match, is_incoherent
@@ -31,7 +32,8 @@ class HasText(Protocol):
         ...
 
 
-Answers = Sequence[HasText] | Sequence[str]
+Answers = Sequence[HasText] | Sequence[str] | Sequence[Sequence[str]]
+"""Of every prompt one answer, or several in a list."""
 AnswerSource = Callable[[Sequence[Prompt]], Answers] | Mapping[SetName, Answers]
 """A model as seen here: what it answers to a list of prompts, or its answers by set, made before."""
 
@@ -57,13 +59,18 @@ def evaluate_model(
     refusal_judge: Judge,
     settings: EvalSettings | None = None,
     *,
+    others: Sequence[Judge] = (),
+    nats: Mapping[SetName, Sequence[Sequence[float | None]]] | None = None,
+    most_nats: float = math.inf,
     correct: Callable[[str, str], bool] = exact_match,
 ) -> ModelResult:
     """Answer, judge and count all sets of `prompts` for one model.
 
-    `judge` labels answers to harmful prompts. `refusal_judge` tells refusals
-    there, where `judge` cannot, and on benign prompts. `correct(answer,
-    reference)` decides utility. SafecritError where a set of answers does not
+    `judge` labels answers to harmful prompts, `others` too, for comparison alone.
+    `refusal_judge` tells refusals there, where `judge` cannot, and on benign
+    prompts. `correct(answer, reference)` decides utility. `nats`: negative
+    log-likelihood a token of every answer under the baseline; above `most_nats`
+    an answer is incoherent. SafecritError where a set of answers does not
     fit its prompts or a task prompt has no reference.
     """
     settings = settings or EvalSettings()
@@ -76,13 +83,21 @@ def evaluate_model(
     for set_name in SETS:
         if asked := prompts.of(set_name):
             texts = _texts(name, set_name, answers, asked)
-            samples += _judged(name, set_name, asked, texts, judge, refusal_judge, correct)
+            asked = [prompt for prompt, own in zip(asked, texts, strict=True) for _ in own]
+            made = _judged(name, set_name, asked, [t for own in texts for t in own], judge, refusal_judge, correct)
+            made = _with_others(made, [prompt.conversation for prompt in asked], others)
+            numbers = [number for own in texts for number in range(len(own))]
+            made = [replace(sample, sample=number) for sample, number in zip(made, numbers, strict=True)]
+            if nats is not None:
+                made = _with_nats(made, [value for own in nats[set_name] for value in own], most_nats)
+            samples += made
     if not samples:
         raise SafecritError("no prompts to evaluate. Give harmful, benign or task prompts.")
     return summarise(name, samples, settings)
 
 
-def _texts(model: str, set_name: SetName, answers: AnswerSource, asked: Sequence[Prompt]) -> list[str]:
+def _texts(model: str, set_name: SetName, answers: AnswerSource, asked: Sequence[Prompt]) -> list[list[str]]:
+    """The answers to each prompt, at least one."""
     if isinstance(answers, Mapping):
         if set_name not in answers:
             raise SafecritError(
@@ -95,7 +110,31 @@ def _texts(model: str, set_name: SetName, answers: AnswerSource, asked: Sequence
         raise SafecritError(
             f"{model}: {len(given)} answers to {len(asked)} {set_name} prompts. Give one answer a prompt, in order."
         )
-    return [answer if isinstance(answer, str) else answer.text for answer in given]
+    return [
+        [answer] if isinstance(answer, str) else list(answer) if isinstance(answer, Sequence) else [answer.text]
+        for answer in given
+    ]
+
+
+def _with_others(samples: list[Sample], asked: Sequence[str], others: Sequence[Judge]) -> list[Sample]:
+    """Harmful samples with what further judges say of them."""
+    if not samples or samples[0].set != "harmful":
+        return samples
+    pairs = [(prompt, sample.answer) for prompt, sample in zip(asked, samples, strict=True)]
+    for judge in others:
+        said = _ask(judge, pairs)
+        samples = [
+            replace(sample, others={**sample.others, judge.name: verdict.label})
+            for sample, verdict in zip(samples, said, strict=True)
+        ]
+    return samples
+
+
+def _with_nats(samples: Sequence[Sample], nats: Sequence[float | None], most: float) -> list[Sample]:
+    return [
+        replace(sample, nats=value, incoherent=sample.incoherent or (value is not None and value > most))
+        for sample, value in zip(samples, nats, strict=True)
+    ]
 
 
 def _judged(
@@ -134,6 +173,7 @@ def _judged(
                 incoherent=is_incoherent(text),
                 correct=correct(text, prompt.answer) if set_name == "task" and prompt.answer is not None else None,
                 judge_raw=speaker.raw if speaker else None,
+                score=verdict.score if verdict else None,
             )
         )
     return samples

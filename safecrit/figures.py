@@ -121,6 +121,66 @@ def rate_bars(
     _write_rows(Path(path), header, rows)
 
 
+def perturbation_curves(path: str | Path, results: Mapping[str, Any]) -> None:
+    """Attack success, refusal and utility against the size of the noise, one line for top, random and bottom.
+
+    `results`: the results.json of `safecrit perturb`. Lines join the means over
+    draws; every draw is a point with its Wilson interval. Writes `path` (PNG) and
+    its CSV.
+    """
+    rows = curve_rows(results)
+    shown = list(dict.fromkeys(row[0] for row in rows))
+    width = max(6.0, 3.6 * len(shown))
+    with _drawing(Path(path), width, 3.9) as figure:
+        for place, name in enumerate(shown):
+            axes = figure.add_subplot(1, max(len(shown), 1), place + 1)
+            own = [row for row in rows if row[0] == name]
+            for number, kind in enumerate(k for k in CURVES if any(row[1] == k for row in own)):
+                _curve(axes, [row for row in own if row[1] == kind], kind, COLOURS[number], 0.02 * (number - 1))
+            axes.set_ylim(-3, 103)
+            axes.set_xlabel("noise r (sigma)")
+            axes.set_ylabel("% of prompts")
+            axes.set_title(NAMES.get(name, name.replace("_", " ")), loc="left")
+            axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+            if place == 0:
+                axes.legend(frameon=False)
+    _write_rows(Path(path), CURVE_FIELDS, rows)
+
+
+CURVES = ("top", "random", "bottom")
+CURVE_FIELDS = ("figure", "kind", "r", "draw", "count", "n", "rate", "low", "high", "predicted", "measured")
+
+
+def curve_rows(results: Mapping[str, Any]) -> list[list[Any]]:
+    """The numbers of `perturbation_curves`, columns as in CURVE_FIELDS; r = 0 is the unperturbed model."""
+    base = results["models"]["unperturbed"]
+    kinds = [kind for kind in CURVES if any(arm["kind"] == kind for arm in results["arms"])]
+    rows: list[list[Any]] = []
+    for name in ("asr", "refusal", "over_refusal", "utility"):
+        if name in base:
+            fields_ = ("count", "n", "rate", "low", "high")
+            for kind in kinds:
+                rows.append([name, kind, 0.0, 0, *(base[name][key] for key in fields_), None, None])
+                for arm in results["arms"]:
+                    if arm["kind"] == kind:
+                        rate = results["models"][arm["name"]][name]
+                        tail = (arm["predicted"], arm["S"]["difference"])
+                        rows.append([name, kind, arm["r"], arm["draw"], *(rate[key] for key in fields_), *tail])
+    return rows
+
+
+def _curve(axes: Axes, rows: Sequence[Sequence[Any]], label: str, colour: str, shift: float) -> None:
+    """One line: `rows` of one figure and kind; `shift` keeps the whiskers of the kinds apart."""
+    known = [row for row in rows if row[6] is not None]
+    sizes = sorted({row[2] for row in known})
+    means = [math.fsum(100 * row[6] for row in known if row[2] == r) / sum(row[2] == r for row in known) for r in sizes]
+    axes.plot([r + shift for r in sizes], means, color=colour, label=label, linewidth=1.8)
+    low = [100 * max(row[6] - row[7], 0.0) for row in known]
+    high = [100 * max(row[8] - row[6], 0.0) for row in known]
+    places, values = [row[2] + shift for row in known], [100 * row[6] for row in known]
+    axes.errorbar(places, values, yerr=[low, high], color=colour, fmt="o", markersize=4, capsize=2, linewidth=1)
+
+
 def _bar(axes: Axes, x: float, width: float, rate: Rate, colour: str, label: str | None) -> None:
     if rate.rate is None or rate.low is None or rate.high is None:
         axes.bar(x, 0, width * 0.92, color=colour, label=label)

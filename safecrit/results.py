@@ -41,6 +41,9 @@ class Sample:
 
     `verdict`: safe, unsafe or error; None where safety was not asked (benign and
     task prompts). `refused`: None where unknown. `correct`: of task prompts only.
+    `sample` numbers the answers to one prompt. `score`: the judge's, larger is
+    safer, where it has one. `nats`: mean negative log-likelihood of the answer's
+    tokens under the baseline. `others`: verdicts of further judges by name.
     """
 
     model: str
@@ -55,6 +58,10 @@ class Sample:
     incoherent: bool
     correct: bool | None
     judge_raw: str | None
+    sample: int = 0
+    score: float | None = None
+    nats: float | None = None
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,10 +199,14 @@ def results_json(evaluation: Evaluation) -> dict[str, Any]:
 
 def write_evaluation(folder: str | Path, evaluation: Evaluation) -> None:
     """Write `samples.jsonl`, then `results.json`, each whole or not at all; the latter's presence means finished."""
-    folder = Path(folder)
+    write_samples(Path(folder) / "samples.jsonl", evaluation)
+    write_json(Path(folder) / "results.json", results_json(evaluation))
+
+
+def write_samples(path: Path, evaluation: Evaluation) -> None:
+    """One line an answer; keys as in `Sample`."""
     lines = [json.dumps(asdict(sample), allow_nan=False) for model in evaluation.models for sample in model.samples]
-    write_text(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
-    write_json(folder / "results.json", results_json(evaluation))
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def problems(evaluation: Evaluation) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm, ttest_rel
 
 CONFIDENCE = 0.95
 
@@ -94,6 +94,35 @@ def paired(first: Sequence[bool], second: Sequence[bool], *, confidence: float =
         high=high,
         p=(float(binomtest(first_only, differing, 0.5).pvalue) if differing else 1.0) if n else None,
     )
+
+
+def mean_difference(
+    first: Sequence[float], second: Sequence[float], *, confidence: float = CONFIDENCE
+) -> dict[str, float | int | None]:
+    """Mean of first minus second over paired numbers, with Student's interval; None where it is unknown.
+
+    Keys `n`, `difference`, `low`, `high`. Two pairs are the fewest with an interval.
+    """
+    n = len(first)
+    difference = math.fsum(a - b for a, b in zip(first, second, strict=True)) / n if n else None
+    low = high = None
+    if n > 1:
+        interval = ttest_rel(first, second).confidence_interval(confidence_level=confidence)
+        low, high = float(interval.low), float(interval.high)
+        if math.isnan(low):  # all differences are equal
+            low = high = difference
+    return {"n": n, "difference": difference, "low": low, "high": high}
+
+
+def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
+    """Agreement beyond chance of two raters on the same answers (Cohen 1960); None where chance agrees on all."""
+    n = len(first)
+    if not n:
+        return None
+    agreed = sum(bool(a) == bool(b) for a, b in zip(first, second, strict=True)) / n
+    share, other = sum(map(bool, first)) / n, sum(map(bool, second)) / n
+    chance = share * other + (1 - share) * (1 - other)
+    return None if chance == 1 else (agreed - chance) / (1 - chance)
 
 
 def _difference_interval(

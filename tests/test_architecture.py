@@ -27,6 +27,7 @@ ROWS: list[list[set[str]]] = [
         {"generation"},
         {"relaxation", "gradients", "estimators", "scoring", "activations", "turns", "weightscores"},
         {"selection"},
+        {"perturbation"},
         {"sparse", "protect", "mixture", "movement", "modelcard", "trainloop", "training", "training_output"},
         {"answers", "results", "evaluation"},
         {"tables", "figures"},

@@ -14,6 +14,7 @@ from safecrit.cli.doctor import doctor
 from safecrit.cli.evaluate import evaluate
 from safecrit.cli.inspect import inspect
 from safecrit.cli.mask import mask
+from safecrit.cli.perturb import perturb
 from safecrit.cli.score import score
 from safecrit.cli.train import set_, spa
 from safecrit.cli.verify import verify
@@ -51,6 +52,11 @@ EXAMPLES = {
     "verify": (
         f"safecrit verify {D}/models/set_top --base {D}/models/base --mask {D}/masks/base_top.safetensors --mode set",
     ),
+    "perturb": (
+        f"safecrit perturb {D}/models/aligned --mask {D}/masks/aligned_top_1.safetensors \\",
+        f"  --scores {D}/scores/aligned --prompts {D}/data/harmful_test.jsonl --task {D}/data/benign_test.jsonl \\",
+        f"  --judge {D}/models/guard --noise 0.38,1,2 --limit 100 --max-new-tokens 32 -o my-perturbation",
+    ),
     "doctor": ("safecrit doctor",),
     "demo": ("safecrit demo", "safecrit demo --quick", "safecrit demo --moe -o safecrit-demo-moe"),
 }
@@ -80,6 +86,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "apply": apply,
     "eval": evaluate,
     "verify": verify,
+    "perturb": perturb,
     "demo": demo,
     "doctor": doctor,
 }
