@@ -90,7 +90,7 @@ def rate_bars(
     width = 0.8 / max(len(figures), 1)
     slot = max(1.2, 0.46 * len(figures))  # inches a model: room for a value above each bar
     total = max(6.0, 1.2 + slot * len(models))
-    with _drawing(Path(path), total, 4.4) as figure:
+    with drawing(Path(path), total, 4.4) as figure:
         axes = figure.add_subplot()
         for number, name in enumerate(figures):
             label: str | None = {**NAMES, **(labels or {})}.get(name, name.replace("_", " "))
@@ -118,67 +118,7 @@ def rate_bars(
         for model, of_model in rates.items()
         for name, rate in of_model.items()
     ]
-    _write_rows(Path(path), header, rows)
-
-
-def perturbation_curves(path: str | Path, results: Mapping[str, Any]) -> None:
-    """Attack success, refusal and utility against the size of the noise, one line for top, random and bottom.
-
-    `results`: the results.json of `safecrit perturb`. Lines join the means over
-    draws; every draw is a point with its Wilson interval. Writes `path` (PNG) and
-    its CSV.
-    """
-    rows = curve_rows(results)
-    shown = list(dict.fromkeys(row[0] for row in rows))
-    width = max(6.0, 3.6 * len(shown))
-    with _drawing(Path(path), width, 3.9) as figure:
-        for place, name in enumerate(shown):
-            axes = figure.add_subplot(1, max(len(shown), 1), place + 1)
-            own = [row for row in rows if row[0] == name]
-            for number, kind in enumerate(k for k in CURVES if any(row[1] == k for row in own)):
-                _curve(axes, [row for row in own if row[1] == kind], kind, COLOURS[number], 0.02 * (number - 1))
-            axes.set_ylim(-3, 103)
-            axes.set_xlabel("noise r (sigma)")
-            axes.set_ylabel("% of prompts")
-            axes.set_title(NAMES.get(name, name.replace("_", " ")), loc="left")
-            axes.grid(axis="y", color="#dddddd", linewidth=0.7)
-            if place == 0:
-                axes.legend(frameon=False)
-    _write_rows(Path(path), CURVE_FIELDS, rows)
-
-
-CURVES = ("top", "random", "bottom")
-CURVE_FIELDS = ("figure", "kind", "r", "draw", "count", "n", "rate", "low", "high", "predicted", "measured")
-
-
-def curve_rows(results: Mapping[str, Any]) -> list[list[Any]]:
-    """The numbers of `perturbation_curves`, columns as in CURVE_FIELDS; r = 0 is the unperturbed model."""
-    base = results["models"]["unperturbed"]
-    kinds = [kind for kind in CURVES if any(arm["kind"] == kind for arm in results["arms"])]
-    rows: list[list[Any]] = []
-    for name in ("asr", "refusal", "over_refusal", "utility"):
-        if name in base:
-            fields_ = ("count", "n", "rate", "low", "high")
-            for kind in kinds:
-                rows.append([name, kind, 0.0, 0, *(base[name][key] for key in fields_), None, None])
-                for arm in results["arms"]:
-                    if arm["kind"] == kind:
-                        rate = results["models"][arm["name"]][name]
-                        tail = (arm["predicted"], arm["S"]["difference"])
-                        rows.append([name, kind, arm["r"], arm["draw"], *(rate[key] for key in fields_), *tail])
-    return rows
-
-
-def _curve(axes: Axes, rows: Sequence[Sequence[Any]], label: str, colour: str, shift: float) -> None:
-    """One line: `rows` of one figure and kind; `shift` keeps the whiskers of the kinds apart."""
-    known = [row for row in rows if row[6] is not None]
-    sizes = sorted({row[2] for row in known})
-    means = [math.fsum(100 * row[6] for row in known if row[2] == r) / sum(row[2] == r for row in known) for r in sizes]
-    axes.plot([r + shift for r in sizes], means, color=colour, label=label, linewidth=1.8)
-    low = [100 * max(row[6] - row[7], 0.0) for row in known]
-    high = [100 * max(row[8] - row[6], 0.0) for row in known]
-    places, values = [row[2] + shift for row in known], [100 * row[6] for row in known]
-    axes.errorbar(places, values, yerr=[low, high], color=colour, fmt="o", markersize=4, capsize=2, linewidth=1)
+    write_rows(Path(path), header, rows)
 
 
 def _bar(axes: Axes, x: float, width: float, rate: Rate, colour: str, label: str | None) -> None:
@@ -221,7 +161,7 @@ def _map(
     across = 0.72 if len(columns) <= 14 else 9.0 / len(columns)
     down = 0.42 if printed else min(0.34, 8.0 / max(len(layers), 1))
     width, height = max(5.6, 2.4 + across * len(columns)), max(3.2, 1.5 + down * len(layers))
-    with _drawing(path, width, height) as figure:
+    with drawing(path, width, height) as figure:
         axes = figure.add_subplot()
         axes.set_title(_broken(title, width), loc="left", pad=12)
         if not cells:
@@ -303,7 +243,7 @@ def _wrapped(name: str, slot: float) -> str:
 
 
 @contextmanager
-def _drawing(path: Path, width: float, height: float) -> Iterator[Figure]:
+def drawing(path: Path, width: float, height: float) -> Iterator[Figure]:
     """Yield an empty figure of `width` x `height` inches in our style; then write it to `path`.
 
     No pyplot: its global state, and the backend that the user chose, stay untouched.
@@ -322,10 +262,10 @@ def _drawing(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 def _write_groups(path: Path, kind: type[Group | ScoreGroup], groups: Sequence[Group] | Sequence[ScoreGroup]) -> None:
     names = [field.name for field in fields(kind)]
-    _write_rows(path, names, [[getattr(group, name) for name in names] for group in groups])
+    write_rows(path, names, [[getattr(group, name) for name in names] for group in groups])
 
 
-def _write_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def write_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Write the numbers of the figure at `path` as CSV of the same stem; what is unknown is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

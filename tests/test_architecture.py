@@ -30,7 +30,7 @@ ROWS: list[list[set[str]]] = [
         {"perturbation"},
         {"sparse", "protect", "mixture", "movement", "modelcard", "trainloop", "training", "training_output"},
         {"answers", "results", "evaluation"},
-        {"tables", "figures"},
+        {"tables", "figures", "plots", "distribution", "markup", "report"},
         {"doctor"},
     ],
     [{"demo"}, {"comparison"}],

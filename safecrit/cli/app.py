@@ -15,6 +15,7 @@ from safecrit.cli.evaluate import evaluate
 from safecrit.cli.inspect import inspect
 from safecrit.cli.mask import mask
 from safecrit.cli.perturb import perturb
+from safecrit.cli.report import report
 from safecrit.cli.score import score
 from safecrit.cli.train import set_, spa
 from safecrit.cli.verify import verify
@@ -57,6 +58,7 @@ EXAMPLES = {
         f"  --scores {D}/scores/aligned --prompts {D}/data/harmful_test.jsonl --task {D}/data/benign_test.jsonl \\",
         f"  --judge {D}/models/guard --noise 0.38,1,2 --limit 100 --max-new-tokens 32 -o my-perturbation",
     ),
+    "report": (f"safecrit report {D}/scores/base {D}/masks/base_top.safetensors -o my-report",),
     "doctor": ("safecrit doctor",),
     "demo": ("safecrit demo", "safecrit demo --quick", "safecrit demo --moe -o safecrit-demo-moe"),
 }
@@ -87,6 +89,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "verify": verify,
     "perturb": perturb,
+    "report": report,
     "demo": demo,
     "doctor": doctor,
 }

@@ -71,10 +71,10 @@ def perturb(
     from safecrit.api.judging import JudgeChoice
     from safecrit.api.perturb import PerturbJob, check_inputs, run_perturb
     from safecrit.errors import CheckFailed
-    from safecrit.figures import perturbation_curves
     from safecrit.generation import GenerationSettings
     from safecrit.judges.guard import GuardSettings
     from safecrit.outputs import default_output, open_output
+    from safecrit.plots import perturbation_curves
 
     sink = Sink(as_json=as_json, quiet=quiet)
     safe, unsafe = o.words(safe_word, "safe"), o.words(unsafe_word, "unsafe")
