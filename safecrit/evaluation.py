@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from safecrit.answers import exact_match, is_incoherent
 from safecrit.errors import SafecritError
@@ -59,19 +59,19 @@ def evaluate_model(
     refusal_judge: Judge,
     settings: EvalSettings | None = None,
     *,
-    others: Sequence[Judge] = (),
     nats: Mapping[SetName, Sequence[Sequence[float | None]]] | None = None,
     most_nats: float = math.inf,
+    measures: Mapping[str, Any] | None = None,
     correct: Callable[[str, str], bool] = exact_match,
 ) -> ModelResult:
     """Answer, judge and count all sets of `prompts` for one model.
 
-    `judge` labels answers to harmful prompts, `others` too, for comparison alone.
-    `refusal_judge` tells refusals there, where `judge` cannot, and on benign
-    prompts. `correct(answer, reference)` decides utility. `nats`: negative
-    log-likelihood a token of every answer under the baseline; above `most_nats`
-    an answer is incoherent. SafecritError where a set of answers does not
-    fit its prompts or a task prompt has no reference.
+    `judge` labels answers to harmful prompts. `refusal_judge` tells refusals
+    there, where `judge` cannot, and on benign prompts. `correct(answer,
+    reference)` decides utility. `nats`: negative log-likelihood a token of every
+    answer under the baseline; above `most_nats` an answer is incoherent.
+    `measures` are passed on. SafecritError where a set of answers does not fit
+    its prompts or a task prompt has no reference.
     """
     settings = settings or EvalSettings()
     for prompt in prompts.task:
@@ -85,15 +85,31 @@ def evaluate_model(
             texts = _texts(name, set_name, answers, asked)
             asked = [prompt for prompt, own in zip(asked, texts, strict=True) for _ in own]
             made = _judged(name, set_name, asked, [t for own in texts for t in own], judge, refusal_judge, correct)
-            made = _with_others(made, [prompt.conversation for prompt in asked], others)
             numbers = [number for own in texts for number in range(len(own))]
             made = [replace(sample, sample=number) for sample, number in zip(made, numbers, strict=True)]
             if nats is not None:
                 made = _with_nats(made, [value for own in nats[set_name] for value in own], most_nats)
             samples += made
-    if not samples:
+    if not samples and not measures:
         raise SafecritError("no prompts to evaluate. Give harmful, benign or task prompts.")
-    return summarise(name, samples, settings)
+    return replace(summarise(name, samples, settings), measures=measures or {})
+
+
+def judged_by(
+    result: ModelResult, harmful: Sequence[Prompt], judge: Judge, settings: EvalSettings | None = None
+) -> ModelResult:
+    """The same answers with what a further judge says of those to the `harmful` prompts, for comparison alone."""
+    asked = {prompt.hash: prompt.conversation for prompt in harmful}
+    own = [sample for sample in result.samples if sample.set == "harmful"]
+    said = _ask(judge, [(asked[sample.hash], sample.answer) for sample in own])
+    verdicts = iter(said)
+    samples = [
+        replace(sample, others={**sample.others, judge.name: next(verdicts).label})
+        if sample.set == "harmful"
+        else sample
+        for sample in result.samples
+    ]
+    return replace(summarise(result.name, samples, settings or EvalSettings()), measures=result.measures)
 
 
 def _texts(model: str, set_name: SetName, answers: AnswerSource, asked: Sequence[Prompt]) -> list[list[str]]:
@@ -114,20 +130,6 @@ def _texts(model: str, set_name: SetName, answers: AnswerSource, asked: Sequence
         [answer] if isinstance(answer, str) else list(answer) if isinstance(answer, Sequence) else [answer.text]
         for answer in given
     ]
-
-
-def _with_others(samples: list[Sample], asked: Sequence[str], others: Sequence[Judge]) -> list[Sample]:
-    """Harmful samples with what further judges say of them."""
-    if not samples or samples[0].set != "harmful":
-        return samples
-    pairs = [(prompt, sample.answer) for prompt, sample in zip(asked, samples, strict=True)]
-    for judge in others:
-        said = _ask(judge, pairs)
-        samples = [
-            replace(sample, others={**sample.others, judge.name: verdict.label})
-            for sample, verdict in zip(samples, said, strict=True)
-        ]
-    return samples
 
 
 def _with_nats(samples: Sequence[Sample], nats: Sequence[float | None], most: float) -> list[Sample]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.stats import binomtest, norm, ttest_rel
+from scipy.stats import binomtest, norm, t
 
 CONFIDENCE = 0.95
 
@@ -103,15 +103,16 @@ def mean_difference(
 
     Keys `n`, `difference`, `low`, `high`. Two pairs are the fewest with an interval.
     """
-    n = len(first)
-    difference = math.fsum(a - b for a, b in zip(first, second, strict=True)) / n if n else None
-    low = high = None
-    if n > 1:
-        interval = ttest_rel(first, second).confidence_interval(confidence_level=confidence)
-        low, high = float(interval.low), float(interval.high)
-        if math.isnan(low):  # all differences are equal
-            low = high = difference
-    return {"n": n, "difference": difference, "low": low, "high": high}
+    gains = [a - b for a, b in zip(first, second, strict=True)]
+    n = len(gains)
+    if not n:
+        return {"n": 0, "difference": None, "low": None, "high": None}
+    mean = math.fsum(gains) / n
+    if n == 1:
+        return {"n": 1, "difference": mean, "low": None, "high": None}
+    spread = math.sqrt(math.fsum((gain - mean) ** 2 for gain in gains) / (n - 1))
+    arm = float(t.ppf((1 + confidence) / 2, n - 1)) * spread / math.sqrt(n)
+    return {"n": n, "difference": mean, "low": mean - arm, "high": mean + arm}
 
 
 def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:

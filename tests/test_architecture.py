@@ -28,6 +28,7 @@ ROWS: list[list[set[str]]] = [
         {"relaxation", "gradients", "estimators", "scoring", "activations", "turns", "weightscores"},
         {"selection"},
         {"perturbation"},
+        {"perplexity"},
         {"sparse", "protect", "mixture", "movement", "modelcard", "trainloop", "training", "training_output"},
         {"answers", "results", "evaluation"},
         {"tables", "figures", "plots", "distribution", "markup", "report"},
