@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from safecrit.cli.apply import apply
+from safecrit.cli.combine import combine
 from safecrit.cli.compare import compare
 from safecrit.cli.demo import demo
 from safecrit.cli.doctor import doctor
@@ -37,6 +38,10 @@ EXAMPLES = {
     ),
     "inspect": (f"safecrit inspect {D}/masks/base_top.safetensors", f"safecrit inspect {D}/scores/base"),
     "compare": (f"safecrit compare {D}/masks/base_top.safetensors {D}/masks/base_random.safetensors",),
+    "combine": (
+        f"safecrit combine {D}/masks/aligned_top_10.safetensors minus {D}/masks/aligned_top_1.safetensors \\",
+        "  -o my-ring.safetensors",
+    ),
     "set": (
         f"safecrit set {D}/models/base --mask {D}/masks/base_top.safetensors --data {D}/data/refusals.jsonl \\",
         f"  --retain {D}/data/retain.jsonl --retain-share 0.75 --lr 3e-3 --batch-size 16 -o my-safer",
@@ -83,6 +88,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "mask": mask,
     "inspect": inspect,
     "compare": compare,
+    "combine": combine,
     "set": set_,
     "spa": spa,
     "apply": apply,
