@@ -29,6 +29,7 @@ ROWS: list[list[set[str]]] = [
         {"selection"},
         {"perturbation"},
         {"perplexity"},
+        {"harness"},
         {"sparse", "protect", "mixture", "movement", "modelcard", "trainloop", "training", "training_output"},
         {"answers", "results", "evaluation"},
         {"tables", "figures", "plots", "distribution", "markup", "report"},

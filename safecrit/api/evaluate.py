@@ -28,6 +28,7 @@ from safecrit.errors import SafecritError
 from safecrit.evaluation import EvalPrompts, evaluate_model, judged_by
 from safecrit.fingerprint import fingerprint
 from safecrit.generation import GenerationSettings
+from safecrit.harness import check_tasks, run_tasks
 from safecrit.judges.refusal import RefusalJudge
 from safecrit.models import LoadedModel, load_model, resolve_folder
 from safecrit.perplexity import text_perplexity
@@ -43,7 +44,7 @@ class EvalJob:
     reference answers, for utility; without it those of `benign` that have one. `answers`: files
     of answers made elsewhere, in place of models. `others`: judges beside the first. `used`: masks
     and score folders whose prompts and judge had better not be used again. `text`: a file whose
-    perplexity is measured.
+    perplexity is measured. `tasks`: of lm-evaluation-harness, names or files.
     """
 
     models: tuple[str, ...]
@@ -54,6 +55,7 @@ class EvalJob:
     benign: str | None = None
     task: str | None = None
     text: str | None = None
+    tasks: tuple[str, ...] = ()
     baseline: str | None = None
     used: tuple[Path, ...] = ()
     limit: int | None = None
@@ -81,10 +83,11 @@ def read_eval_prompts(job: EvalJob) -> EvalPrompts:
     if not (job.prompts or job.benign or job.task):
         if job.answers:
             return given_answers(job.answers[0], None, job.limit)[0]
-        if job.text:
+        if job.text or job.tasks:
             return EvalPrompts()
         raise SafecritError(
-            "nothing to evaluate: give --prompts (harmful), --benign (harmless), --task (with answers) or --text."
+            "nothing to evaluate: give --prompts (harmful), --benign (harmless), --task (with answers), --text or "
+            "--tasks."
         )
     return read_sets(job.prompts, job.benign, job.task, job.limit)
 
@@ -93,8 +96,10 @@ def check_inputs(job: EvalJob) -> None:
     """Find the user's mistakes before an output folder is made: unreadable prompts, no such model or judge."""
     if bool(job.models) == bool(job.answers):
         raise SafecritError("give models to ask, or --answers FILE with answers made elsewhere, one of the two.")
-    if job.answers and (job.generation.samples or job.generation.prefill or job.text):
-        raise SafecritError("--samples, --prefill and --text need a model; --answers has answers already.")
+    if job.answers and (job.generation.samples or job.generation.prefill or job.text or job.tasks):
+        raise SafecritError("--samples, --prefill, --text and --tasks need a model; --answers has answers already.")
+    if job.tasks:
+        check_tasks(job.tasks)
     prompts = read_eval_prompts(job)
     for name, source in _names(job).items():
         if job.answers:
@@ -182,9 +187,14 @@ def _ask_models(job: EvalJob, prompts: EvalPrompts, kept: KeptAnswers, report: R
             identity,
             lambda name=name, model=model: ask_all(name, model_asker(model()), prompts, job.generation, report),  # type: ignore[misc]
         )
+        measures: dict[str, Any] = {}
         if job.text is not None:
             with report(f"{name}: reading {Path(job.text).name}", "tokens") as progress:
-                found.measures[name] = {"text": text_perplexity(model(), job.text, progress)}
+                measures["text"] = text_perplexity(model(), job.text, progress)
+        if job.tasks:
+            batch = job.generation.batch_size
+            measures["tasks"] = run_tasks(model(), job.tasks, limit=job.limit, batch_size=batch)
+        found.measures[name] = measures
         if source == job.baseline:
             found.most_nats = most_nats(model())
             for other, answers in found.answers.items():

@@ -44,6 +44,10 @@ Used = Annotated[
     typer.Option("--mask", metavar="MASK|SCORES", help="Warn where its prompts or judge are used again; repeatable."),
 ]
 Text = Annotated[str | None, typer.Option("--text", metavar="FILE", help="Perplexity of this UTF-8 text.")]
+Tasks = Annotated[
+    str | None,
+    typer.Option("--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness, names or YAML files."),
+]
 Samples = Annotated[
     int, typer.Option("--samples", min=0, help="Sampled answers a harmful prompt; adds ASR at N. [default: one greedy]")
 ]
@@ -68,6 +72,7 @@ def evaluate(
     answers: Answers = None,
     mask: Used = None,
     text: Text = None,
+    tasks: Tasks = None,
     samples: Samples = 0,
     prefill: Prefill = "",
     seed: o.Seed = 0,
@@ -115,6 +120,7 @@ def evaluate(
         answers=tuple(answers or ()),
         used=tuple(mask or ()),
         text=text,
+        tasks=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
         prompts=prompts,
         benign=benign,
         task=task,
@@ -171,6 +177,23 @@ def _print_more(name: str, figures: dict[str, Any], sink: Sink) -> None:
             f"{name}: perplexity of {text['file']} {text['perplexity']:.4g} ({text['tokens']:,} tokens, "
             f"{text['bits_per_byte']:.4g} bits a byte)"
         )
+    if tasks := figures.get("tasks"):
+        _print_tasks(name, tasks, sink)
+
+
+def _print_tasks(name: str, tasks: dict[str, Any], sink: Sink) -> None:
+    rows = [
+        (task, metric, f"{value:.4f}", f"{metrics[error]:.4f}" if (error := _stderr(metric)) in metrics else "-")
+        for task, metrics in tasks["results"].items()
+        for metric, value in metrics.items()
+        if metric != "examples" and "_stderr" not in metric
+    ]
+    sink.table(f"{name}: lm-evaluation-harness {tasks['harness']}", ("task", "metric", "value", "standard error"), rows)
+
+
+def _stderr(metric: str) -> str:
+    name, _, rest = metric.partition(",")
+    return f"{name}_stderr,{rest}"
 
 
 def _print(evaluation: Evaluation, results: dict[str, Any], sink: Sink) -> None:
