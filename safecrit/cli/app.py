@@ -17,6 +17,7 @@ from safecrit.cli.inspect import inspect
 from safecrit.cli.mask import mask
 from safecrit.cli.perturb import perturb
 from safecrit.cli.report import report
+from safecrit.cli.run import run
 from safecrit.cli.score import score
 from safecrit.cli.train import set_, spa
 from safecrit.cli.verify import verify
@@ -65,6 +66,7 @@ EXAMPLES = {
     ),
     "report": (f"safecrit report {D}/scores/base {D}/masks/base_top.safetensors -o my-report",),
     "doctor": ("safecrit doctor",),
+    "run": ("safecrit run --init Qwen/Qwen2.5-0.5B-Instruct -o recipe.yaml", "safecrit run recipe.yaml --dry-run"),
     "demo": ("safecrit demo", "safecrit demo --quick", "safecrit demo --moe -o safecrit-demo-moe"),
 }
 
@@ -97,6 +99,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "perturb": perturb,
     "report": report,
     "demo": demo,
+    "run": run,
     "doctor": doctor,
 }
 for name, command in COMMANDS.items():
