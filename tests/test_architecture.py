@@ -20,7 +20,7 @@ ROWS: list[list[set[str]]] = [
     [{"machine"}, {"strided"}, {"files"}, {"progress"}, {"statistics"}],
     [{"layout"}, {"tensorfile"}, {"outputs"}, {"ops"}],
     [{"components", "checkpoint_map", "anatomy"}, {"fingerprint"}, {"maskfile", "maskformat"}, {"scorefile"}],
-    [{"models"}, {"prompts"}, {"chat"}, {"bridge", "vocabulary"}],
+    [{"models"}, {"prompts"}, {"chatserver"}, {"chat"}, {"bridge", "vocabulary"}],
     [{"judges"}, {"traindata"}, {"placement"}, {"checkpoint"}, {"account", "metamodel"}],
     [{"delta"}, {"verification"}],
     [
