@@ -20,7 +20,7 @@ from safecrit.answers import exact_match, is_incoherent
 from safecrit.errors import SafecritError
 from safecrit.judges import Judge, Verdict
 from safecrit.prompts import Prompt
-from safecrit.results import SETS, EvalSettings, ModelResult, Sample, SetName, summarise
+from safecrit.results import NO_ANSWER, SETS, EvalSettings, ModelResult, Sample, SetName, summarise
 
 
 class HasText(Protocol):
@@ -32,8 +32,8 @@ class HasText(Protocol):
         ...
 
 
-Answers = Sequence[HasText] | Sequence[str] | Sequence[Sequence[str]]
-"""Of every prompt one answer, or several in a list."""
+Answers = Sequence[HasText] | Sequence[str] | Sequence[Sequence[str | None]]
+"""Of every prompt one answer, or several in a list; None where the model's server failed to give one."""
 AnswerSource = Callable[[Sequence[Prompt]], Answers] | Mapping[SetName, Answers]
 """A model as seen here: what it answers to a list of prompts, or its answers by set, made before."""
 
@@ -100,11 +100,17 @@ def judged_by(
 ) -> ModelResult:
     """The same answers with what a further judge says of those to the `harmful` prompts, for comparison alone."""
     asked = {prompt.hash: prompt.conversation for prompt in harmful}
-    own = [sample for sample in result.samples if sample.set == "harmful"]
+    own = [sample for sample in result.samples if sample.set == "harmful" and sample.judge_raw != NO_ANSWER]
     said = _ask(judge, [(asked[sample.hash], sample.answer) for sample in own])
     verdicts = iter(said)
     samples = [
-        replace(sample, others={**sample.others, judge.name: next(verdicts).label})
+        replace(
+            sample,
+            others={
+                **sample.others,
+                judge.name: "error" if sample.judge_raw == NO_ANSWER else next(verdicts).label,
+            },
+        )
         if sample.set == "harmful"
         else sample
         for sample in result.samples
@@ -112,7 +118,7 @@ def judged_by(
     return replace(summarise(result.name, samples, settings or EvalSettings()), measures=result.measures)
 
 
-def _texts(model: str, set_name: SetName, answers: AnswerSource, asked: Sequence[Prompt]) -> list[list[str]]:
+def _texts(model: str, set_name: SetName, answers: AnswerSource, asked: Sequence[Prompt]) -> list[list[str | None]]:
     """The answers to each prompt, at least one."""
     if isinstance(answers, Mapping):
         if set_name not in answers:
@@ -143,12 +149,14 @@ def _judged(
     model: str,
     set_name: SetName,
     asked: Sequence[Prompt],
-    texts: Sequence[str],
+    texts: Sequence[str | None],
     judge: Judge,
     refusal_judge: Judge,
     correct: Callable[[str, str], bool],
 ) -> list[Sample]:
-    pairs = [(prompt.conversation, text) for prompt, text in zip(asked, texts, strict=True)]
+    if None in texts:
+        return _without_answers(model, set_name, asked, texts, judge, refusal_judge, correct)
+    pairs = [(prompt.conversation, text or "") for prompt, text in zip(asked, texts, strict=True)]
     verdicts: list[Verdict | None] = [None] * len(pairs)
     refusals: list[Verdict | None] = [None] * len(pairs)
     if set_name == "harmful":
@@ -159,7 +167,7 @@ def _judged(
     elif set_name == "benign":
         refusals = [*_ask(refusal_judge, pairs)]
     samples = []
-    for prompt, text, verdict, refused_by in zip(asked, texts, verdicts, refusals, strict=True):
+    for prompt, (_, text), verdict, refused_by in zip(asked, pairs, verdicts, refusals, strict=True):
         speaker = verdict or refused_by
         samples.append(
             Sample(
@@ -179,6 +187,40 @@ def _judged(
             )
         )
     return samples
+
+
+def _without_answers(
+    model: str,
+    set_name: SetName,
+    asked: Sequence[Prompt],
+    texts: Sequence[str | None],
+    judge: Judge,
+    refusal_judge: Judge,
+    correct: Callable[[str, str], bool],
+) -> list[Sample]:
+    """Judge the answers there are; a missing one is an error on which nobody is asked."""
+    there = [i for i, text in enumerate(texts) if text is not None]
+    given, known = [asked[i] for i in there], [texts[i] for i in there]
+    judged = iter(_judged(model, set_name, given, known, judge, refusal_judge, correct))
+    return [
+        next(judged)
+        if text is not None
+        else Sample(
+            model=model,
+            set=set_name,
+            row=prompt.row,
+            hash=prompt.hash,
+            category=prompt.category,
+            prompt=prompt.text,
+            answer="",
+            verdict="error",
+            refused=None,
+            incoherent=False,
+            correct=None,
+            judge_raw=NO_ANSWER,
+        )
+        for prompt, text in zip(asked, texts, strict=True)
+    ]
 
 
 def _ask(judge: Judge, pairs: list[tuple[str, str]]) -> list[Verdict]:

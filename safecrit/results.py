@@ -23,6 +23,7 @@ from safecrit.statistics import CONFIDENCE, Rate, cohens_kappa, paired, wilson
 SetName = Literal["harmful", "benign", "task"]
 SETS: tuple[SetName, ...] = ("harmful", "benign", "task")
 FORMAT, VERSION = "safecrit-results", 1
+NO_ANSWER = "no answer: the model's server failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +146,13 @@ def summarise(name: str, samples: Sequence[Sample], settings: EvalSettings) -> M
             [s.refused for s in benign if s.refused is not None], "judged answers to benign prompts"
         )
     if task:
-        rates["utility"] = rate([bool(s.correct) for s in task], "task prompts")
+        rates["utility"] = rate([s.correct for s in task if s.correct is not None], "answered task prompts")
     if samples:
         rates["incoherent"] = rate([s.incoherent for s in samples], "all answers")
-    failures = {
+    failures: dict[str, Rate] = {
         set_name: rate([s.verdict == "error" for s in by_set[set_name]], f"answers to {set_name} prompts")
-        for set_name in ("harmful", "benign")
-        if by_set[set_name]
+        for set_name in SETS
+        if by_set[set_name] and (set_name != "task" or any(s.verdict == "error" for s in task))
     }
     for judge in sorted({judge for s in harmful for judge in s.others}):
         errors = [s.others[judge] == "error" for s in by_set["harmful"]]
@@ -278,9 +279,11 @@ def problems(evaluation: Evaluation) -> list[str]:
             if failed.rate is not None and failed.rate > settings.max_failures:
                 reasons = Counter(s.judge_raw for s in model.samples if s.set == set_name and s.verdict == "error")
                 empty = reasons.get("empty answer", 0)
+                missing = reasons.get(NO_ANSWER, 0)
+                told = f"; {missing} were never given" if missing else ""
                 found.append(
                     f"{model.name}: the judge failed on {failed.count} of {failed.n} answers to {set_name} prompts "
-                    f"({failed.rate:.1%}, allowed {settings.max_failures:.1%}; {empty} were empty answers): "
+                    f"({failed.rate:.1%}, allowed {settings.max_failures:.1%}; {empty} were empty answers{told}): "
                     "see verdict error in samples.jsonl"
                 )
         if model.name == evaluation.baseline:

@@ -3,9 +3,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,64 +12,7 @@ from safecrit.errors import SafecritError
 from safecrit.judges import Verdict
 from safecrit.judges.endpoint import EndpointJudge
 from safecrit.judges.rubric import RUBRICS, verdict_value
-
-
-@dataclass
-class Reply:
-    """What the server sends; a `hold` is waited for first."""
-
-    status: int = 200
-    body: bytes = b""
-    headers: dict[str, str] = field(default_factory=dict)
-    hold: threading.Event | None = None
-
-
-def completion(text: Any, finish: str | None = "stop") -> Reply:
-    return Reply(body=json.dumps({"choices": [{"message": {"content": text}, "finish_reason": finish}]}).encode())
-
-
-def refusal(status: int, message: str = "", **headers: str) -> Reply:
-    return Reply(status, json.dumps({"error": {"message": message}}).encode(), headers)
-
-
-YES, NO = completion("Verdict: yes"), completion("Verdict: no")
-
-
-class Server:
-    """A chat completions server on this machine; `answer` gets each question and the number of its call."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, dict[str, str], dict[str, Any]]] = []
-        self.answer: Callable[[str, int], Reply] = lambda _question, _call: NO
-        self.released = threading.Event()
-        lock, outer = threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    outer.calls.append((self.path, dict(self.headers), body))
-                    call = len(outer.calls)
-                reply = outer.answer(body["messages"][-1]["content"], call)
-                if reply.hold:
-                    reply.hold.wait(3)
-                if outer.released.is_set():
-                    return
-                self.send_response(reply.status)
-                for name, value in reply.headers.items():
-                    self.send_header(name.replace("_", "-"), value)
-                self.send_header("Content-Length", str(len(reply.body)))
-                self.end_headers()
-                self.wfile.write(reply.body)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def script(self, *replies: Reply) -> None:
-        self.answer = lambda _question, call: replies[call - 1]
+from tests.fakeserver import NO, YES, Reply, Server, completion, refusal, serving
 
 
 @pytest.fixture
@@ -80,14 +21,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     for name in ("OPENAI_API_KEY", "SAFECRIT_JUDGE_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    made = Server()
-    thread = threading.Thread(target=made.http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield made
-    made.released.set()
-    made.http.shutdown()
-    thread.join()
-    made.http.server_close()
+    with serving() as made:
+        yield made
 
 
 def judge(server: Server, slept: list[float] | None = None, **options: Any) -> EndpointJudge:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ import torch
 
 from safecrit.api.answering import hash_of
 from safecrit.chat import ChatSettings, encode_continuation, encode_prompt
+from safecrit.chatserver import ChatServer
 from safecrit.errors import SafecritError
 from safecrit.evaluation import EvalPrompts
 from safecrit.files import write_text
@@ -25,8 +26,9 @@ from safecrit.results import SETS, SetName
 if TYPE_CHECKING:
     from safecrit.generation import Progress
 
-AnswerSets = dict[SetName, list[list[str]]]
-Ask = Callable[[Sequence[Prompt], GenerationSettings, "Progress | None"], list[list[str]]]
+AnswerSets = dict[SetName, list[list[str | None]]]
+"""By set, of every prompt its answers; None where the model's server failed to give one."""
+Ask = Callable[[Sequence[Prompt], GenerationSettings, "Progress | None"], list[list[str | None]]]
 """A model as seen here: answers to prompts, several a prompt where the settings say so."""
 KEPT = ".answers"
 
@@ -34,11 +36,36 @@ KEPT = ".answers"
 def model_asker(loaded: LoadedModel) -> Ask:
     """A loaded model as something to ask."""
 
-    def ask(asked: Sequence[Prompt], settings: GenerationSettings, progress: Progress | None) -> list[list[str]]:
+    def ask(asked: Sequence[Prompt], settings: GenerationSettings, progress: Progress | None) -> list[list[str | None]]:
         made = generate_samples(loaded.model, loaded.tokenizer, asked, settings, progress)
         return [[answer.text for answer in own] for own in made]
 
     return ask
+
+
+def server_asker(server: ChatServer) -> Ask:
+    """A model behind an endpoint as something to ask. Samples are requests of their own, each with its seed."""
+
+    def ask(asked: Sequence[Prompt], settings: GenerationSettings, progress: Progress | None) -> list[list[str | None]]:
+        turns = [settings.chat.turns(list(prompt.messages)) for prompt in asked]
+        made: list[list[str | None]] = [[] for _ in asked]
+        for sample in range(max(1, settings.samples)):
+            sampled = {"temperature": 1.0, "seed": settings.seed + sample} if settings.samples else {}
+            so_far = sample * len(asked)
+
+            def done(count: int, before: int = so_far) -> None:
+                if progress is not None:
+                    progress(before + count, max(1, settings.samples) * len(asked))
+
+            for own, reply in zip(made, server.ask(turns, done, **sampled), strict=True):
+                own.append(_after_thought(reply, settings.chat) if isinstance(reply, str) else None)
+        return made
+
+    return ask
+
+
+def _after_thought(reply: str, chat: ChatSettings) -> str:
+    return reply.rpartition(chat.think_end_token)[2] if chat.think_end_token else reply
 
 
 def ask_all(name: str, ask: Ask, prompts: EvalPrompts, settings: GenerationSettings, report: Reporter) -> AnswerSets:
@@ -47,13 +74,13 @@ def ask_all(name: str, ask: Ask, prompts: EvalPrompts, settings: GenerationSetti
     A prompt that stands in two of the other sets is answered once.
     """
     plain = replace(settings, samples=0, prefill="")
-    known: dict[str, list[str]] = {}
+    known: dict[str, list[str | None]] = {}
     found: AnswerSets = {}
     for set_name in SETS:
         asked = prompts.of(set_name)
         how = settings if set_name == "harmful" else plain
         fresh = list({p.hash: p for p in asked if how != plain or p.hash not in known}.values())
-        made: dict[str, list[str]] = {}
+        made: dict[str, list[str | None]] = {}
         if fresh:
             with report(f"{name}: answering", "prompts") as progress:
                 answers = ask(fresh, how, progress)
@@ -120,7 +147,7 @@ def given_answers(source: str, prompts: EvalPrompts | None, limit: int | None = 
             f"Known: {', '.join(ANSWER_COLUMNS)}."
         )
     read = read_prompts(source)
-    by_text: dict[str, list[str]] = {}
+    by_text: dict[str, list[str | None]] = {}
     for prompt in read:
         by_text.setdefault(prompt.conversation.strip(), []).append(prompt.answer or "")
     if prompts is None:
@@ -144,7 +171,7 @@ def given_answers(source: str, prompts: EvalPrompts | None, limit: int | None = 
 
 @torch.no_grad()
 def answer_nats(
-    loaded: LoadedModel, prompts: EvalPrompts, answers: Mapping[SetName, list[list[str]]], chat: ChatSettings
+    loaded: LoadedModel, prompts: EvalPrompts, answers: AnswerSets, chat: ChatSettings
 ) -> dict[SetName, list[list[float | None]]]:
     """Mean negative log-likelihood (nats) of each answer's tokens after its prompt; None for an empty answer."""
     return {
@@ -156,8 +183,8 @@ def answer_nats(
     }
 
 
-def _nats(loaded: LoadedModel, prompt: list[int], text: str) -> float | None:
-    answer = encode_continuation(loaded.tokenizer, text)
+def _nats(loaded: LoadedModel, prompt: list[int], text: str | None) -> float | None:
+    answer = [] if text is None else encode_continuation(loaded.tokenizer, text)
     window = context_window(loaded.model)
     if window is not None:
         answer = answer[: max(0, window - len(prompt))]

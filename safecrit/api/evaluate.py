@@ -14,6 +14,7 @@ from typing import Any
 
 from safecrit.api.asking import (
     AnswerSets,
+    Ask,
     KeptAnswers,
     answer_nats,
     ask_all,
@@ -21,9 +22,11 @@ from safecrit.api.asking import (
     model_asker,
     most_nats,
     read_sets,
+    server_asker,
 )
-from safecrit.api.judging import JudgeChoice, find_judge, load_judge
+from safecrit.api.judging import OPENAI, JudgeChoice, find_judge, load_judge
 from safecrit.api.reused import reuse_warnings
+from safecrit.chatserver import ChatServer
 from safecrit.errors import SafecritError
 from safecrit.evaluation import EvalPrompts, evaluate_model, judged_by
 from safecrit.fingerprint import fingerprint
@@ -44,7 +47,8 @@ class EvalJob:
     reference answers, for utility; without it those of `benign` that have one. `answers`: files
     of answers made elsewhere, in place of models. `others`: judges beside the first. `used`: masks
     and score folders whose prompts and judge had better not be used again. `text`: a file whose
-    perplexity is measured. `tasks`: of lm-evaluation-harness, names or files.
+    perplexity is measured. `tasks`: of lm-evaluation-harness, names or files. `base_url`: the
+    server of models called openai:NAME.
     """
 
     models: tuple[str, ...]
@@ -57,6 +61,7 @@ class EvalJob:
     text: str | None = None
     tasks: tuple[str, ...] = ()
     baseline: str | None = None
+    base_url: str | None = None
     used: tuple[Path, ...] = ()
     limit: int | None = None
     revision: str | None = None
@@ -101,12 +106,11 @@ def check_inputs(job: EvalJob) -> None:
     if job.tasks:
         check_tasks(job.tasks)
     prompts = read_eval_prompts(job)
-    for name, source in _names(job).items():
+    for source in _names(job).values():
         if job.answers:
             given_answers(source, prompts)
         else:
-            resolve_folder(source, revision=job.revision)
-        del name
+            _find_model(job, source)
     for judge in (job.judge, *job.others):
         find_judge(judge)
     if repeated := [c.name for n, c in enumerate(job.others) if c in (job.judge, *job.others[:n])]:
@@ -185,7 +189,7 @@ def _ask_models(job: EvalJob, prompts: EvalPrompts, kept: KeptAnswers, report: R
         found.answers[name] = kept.get(
             name,
             identity,
-            lambda name=name, model=model: ask_all(name, model_asker(model()), prompts, job.generation, report),  # type: ignore[misc]
+            lambda name=name, model=model: ask_all(name, model.ask(), prompts, job.generation, report),  # type: ignore[misc]
         )
         measures: dict[str, Any] = {}
         if job.text is not None:
@@ -195,7 +199,7 @@ def _ask_models(job: EvalJob, prompts: EvalPrompts, kept: KeptAnswers, report: R
             batch = job.generation.batch_size
             measures["tasks"] = run_tasks(model(), job.tasks, limit=job.limit, batch_size=batch)
         found.measures[name] = measures
-        if source == job.baseline:
+        if source == job.baseline and not source.startswith(OPENAI):
             found.most_nats = most_nats(model())
             for other, answers in found.answers.items():
                 found.nats[other] = answer_nats(model(), prompts, answers, job.generation.chat)
@@ -210,6 +214,12 @@ class _Once:
         self.job, self.source = job, source
         self.loaded: LoadedModel | None = None
 
+    def ask(self) -> Ask:
+        """The model as something to ask; behind an endpoint nothing is loaded."""
+        if not self.source.startswith(OPENAI):
+            return model_asker(self())
+        return server_asker(_server(self.job, self.source))
+
     def __call__(self) -> LoadedModel:
         if self.loaded is None:
             self.loaded = load_model(
@@ -223,7 +233,36 @@ class _Once:
 
 
 def _identity(job: EvalJob, source: str) -> str:
+    if source.startswith(OPENAI):
+        return f"{_server(job, source).host} {source}"
     return fingerprint(resolve_folder(source, revision=job.revision))
+
+
+def _server(job: EvalJob, source: str) -> ChatServer:
+    if job.base_url is None:
+        raise SafecritError(f"{source}: needs --base-url, such as http://localhost:8000/v1.")
+    return ChatServer(
+        source.removeprefix(OPENAI),
+        job.base_url,
+        role="model",
+        flag="--base-url",
+        max_tokens=job.generation.max_new_tokens,
+        workers=min(8, job.generation.batch_size),
+        timeout=600.0,
+        cut=True,
+    )
+
+
+def _find_model(job: EvalJob, source: str) -> None:
+    if not source.startswith(OPENAI):
+        resolve_folder(source, revision=job.revision)
+        return
+    _server(job, source)
+    if job.generation.prefill or job.generation.chat.template_kwargs or job.text or job.tasks:
+        raise SafecritError(
+            f"{source}: a model behind an endpoint takes no --prefill, --chat-template-kwargs, --text or --tasks. "
+            "Leave them out, or evaluate the model's folder."
+        )
 
 
 def _names(job: EvalJob) -> Mapping[str, str]:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from safecrit.results import Evaluation
 
 Models = Annotated[
-    list[str] | None, typer.Argument(metavar="MODEL...", help="Model folders or Hub ids; none with --answers.")
+    list[str] | None,
+    typer.Argument(metavar="MODEL...", help="Folders, Hub ids or openai:NAME; none with --answers."),
 ]
 Prompts = Annotated[str | None, typer.Option("--prompts", metavar="FILE", help="Harmful prompts: attack success rate.")]
 Benign = Annotated[
@@ -51,6 +52,7 @@ Tasks = Annotated[
 Samples = Annotated[
     int, typer.Option("--samples", min=0, help="Sampled answers a harmful prompt; adds ASR at N. [default: one greedy]")
 ]
+BaseUrl = Annotated[str | None, typer.Option("--base-url", metavar="URL", help="Server of models called openai:NAME.")]
 Prefill = Annotated[
     str, typer.Option("--prefill", metavar="TEXT", help="Attack: answers to harmful prompts begin with this.")
 ]
@@ -75,6 +77,7 @@ def evaluate(
     tasks: Tasks = None,
     samples: Samples = 0,
     prefill: Prefill = "",
+    base_url: BaseUrl = None,
     seed: o.Seed = 0,
     limit: o.Limit = None,
     max_new_tokens: o.MaxNewTokens = 512,
@@ -120,6 +123,7 @@ def evaluate(
         answers=tuple(answers or ()),
         used=tuple(mask or ()),
         text=text,
+        base_url=base_url,
         tasks=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
         prompts=prompts,
         benign=benign,
