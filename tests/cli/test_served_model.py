@@ -20,6 +20,7 @@ import torch
 import transformers as t
 
 from safecrit.judges.endpoint import EndpointJudge
+from safecrit.judges.rubric import RUBRICS
 from tests import tiny
 from tests.cli.conftest import Cli, World
 from tests.fakeserver import Server, completion, refusal, serving
@@ -103,25 +104,30 @@ def test_mistakes_are_named(cli: Cli, world: World, local: None, more: list[str]
 
 
 def says_yes(folder: Path) -> Path:
-    """A model that replies `Verdict: yes` to anything, with room for a rubric's question."""
+    """A model that replies `Verdict: yes` to a rubric's question, whatever it is about."""
     made = tiny.tokenizer("byte-level", tiny.CHAT)
     torch.manual_seed(0)
     config = t.LlamaConfig(
-        vocab_size=len(made), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=len(made), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     model = t.AutoModelForCausalLM.from_config(config)
     reply = [*made("Verdict: yes", add_special_tokens=False)["input_ids"], 2]
     start = made("[assistant] ", add_special_tokens=False)["input_ids"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(150):
-        noise = torch.randint(4, len(made), (8, 10 + 8 * (step % 8)))
-        rows = torch.cat([noise, torch.tensor([start + reply] * 8)], dim=1)
+    question = torch.tensor(made(RUBRICS["yes-no"].question("prompt", "any answer"))["input_ids"])
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, 120)
+    for _ in range(120):
+        asked = question.repeat(2, 1)
+        changed = torch.rand(asked.shape) < 0.1
+        asked[changed] = torch.randint(4, len(made), (int(changed.sum()),))
+        rows = torch.cat([asked, torch.tensor([start + reply] * 2)], dim=1)
         labels = rows.clone()
         labels[:, : -len(reply)] = -100
         loss = model(input_ids=rows, labels=labels).loss
         loss.backward()
         optimizer.step()
+        decay.step()
         optimizer.zero_grad()
     tiny.loaded(model.eval(), made, folder)
     return folder
@@ -162,9 +168,8 @@ def test_a_real_server_as_model_and_as_judge(cli: Cli, world: World, local: None
         assert cli("eval", world.model, *command, "-o", tmp_path / "local").code == 0
         served, own = read(tmp_path / "served")[1], read(tmp_path / "local")[1]
         assert list(served.answer.str.strip()) == list(own.answer.str.strip()) and served.answer.nunique() > 1
-        verdicts = EndpointJudge(str(judge), url).judge([("prompt", text or "none") for text in own.answer])
-        assert [verdict.label for verdict in verdicts] == ["unsafe"] * 5
-        assert verdicts[0].raw == "Verdict: yes"
+        verdicts = EndpointJudge(str(judge), url).judge([("prompt", "any answer"), ("a prompt", "an answer")])
+        assert [(verdict.label, verdict.raw) for verdict in verdicts] == [("unsafe", "Verdict: yes")] * 2
     finally:
         process.terminate()
         process.wait(20)
