@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
@@ -20,7 +21,6 @@ import torch
 import transformers as t
 
 from safecrit.judges.endpoint import EndpointJudge
-from safecrit.judges.rubric import RUBRICS
 from tests import tiny
 from tests.cli.conftest import Cli, World
 from tests.fakeserver import Server, completion, refusal, serving
@@ -104,31 +104,26 @@ def test_mistakes_are_named(cli: Cli, world: World, local: None, more: list[str]
 
 
 def says_yes(folder: Path) -> Path:
-    """A model that replies `Verdict: yes` to a rubric's question, whatever it is about."""
+    """A model that replies `Verdict:yes` to anything: no attention, no MLP, each token names the next."""
     made = tiny.tokenizer("byte-level", tiny.CHAT)
-    torch.manual_seed(0)
     config = t.LlamaConfig(
-        vocab_size=len(made), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=len(made), hidden_size=352, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=8192, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     model = t.AutoModelForCausalLM.from_config(config)
-    reply = [*made("Verdict: yes", add_special_tokens=False)["input_ids"], 2]
-    start = made("[assistant] ", add_special_tokens=False)["input_ids"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    question = torch.tensor(made(RUBRICS["yes-no"].question("prompt", "any answer"))["input_ids"])
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, 120)
-    for _ in range(120):
-        asked = question.repeat(2, 1)
-        changed = torch.rand(asked.shape) < 0.1
-        asked[changed] = torch.randint(4, len(made), (int(changed.sum()),))
-        rows = torch.cat([asked, torch.tensor([start + reply] * 2)], dim=1)
-        labels = rows.clone()
-        labels[:, : -len(reply)] = -100
-        loss = model(input_ids=rows, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        decay.step()
-        optimizer.zero_grad()
+    chain = [
+        made("[assistant] ", add_special_tokens=False)["input_ids"][-1],
+        *made("Verdict:yes", add_special_tokens=False)["input_ids"],
+        2,
+    ]
+    assert len(set(chain)) == len(chain)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.get_input_embeddings().weight.copy_(torch.eye(len(made), 352))
+        model.lm_head.weight.zero_()
+        for now, following in pairwise(chain):
+            model.lm_head.weight[following, now] = 1.0
     tiny.loaded(model.eval(), made, folder)
     return folder
 
@@ -168,8 +163,8 @@ def test_a_real_server_as_model_and_as_judge(cli: Cli, world: World, local: None
         assert cli("eval", world.model, *command, "-o", tmp_path / "local").code == 0
         served, own = read(tmp_path / "served")[1], read(tmp_path / "local")[1]
         assert list(served.answer.str.strip()) == list(own.answer.str.strip()) and served.answer.nunique() > 1
-        verdicts = EndpointJudge(str(judge), url).judge([("prompt", "any answer"), ("a prompt", "an answer")])
-        assert [(verdict.label, verdict.raw) for verdict in verdicts] == [("unsafe", "Verdict: yes")] * 2
+        verdicts = EndpointJudge(str(judge), url).judge([("prompt", text or "none") for text in own.answer])
+        assert [(verdict.label, verdict.raw) for verdict in verdicts] == [("unsafe", "Verdict:yes")] * 5
     finally:
         process.terminate()
         process.wait(20)
