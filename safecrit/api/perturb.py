@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from safecrit.evaluation import EvalPrompts, evaluate_model
 from safecrit.files import canonical_json, write_json
 from safecrit.fingerprint import accepted_fingerprints
 from safecrit.generation import GenerationSettings
+from safecrit.judges import Judge
 from safecrit.judges.refusal import RefusalJudge
 from safecrit.maskfile import Mask
 from safecrit.models import load_model, resolve_folder
@@ -95,10 +96,17 @@ def check_inputs(job: PerturbJob) -> None:
     find_judge(job.judge)
 
 
-def run_perturb(job: PerturbJob, folder: Path, report: Reporter = quiet_reporter) -> dict[str, Any]:
+def run_perturb(
+    job: PerturbJob,
+    folder: Path,
+    report: Reporter = quiet_reporter,
+    judges: Callable[[], tuple[Judge, Judge]] | None = None,
+) -> dict[str, Any]:
     """Run or finish all arms and write results.json and samples.jsonl to `folder`; the content of results.json.
 
-    Raises MismatchError where mask or scores are another model's, CheckFailed where weights did not come back.
+    `judges` gives a judge and a judge of refusals in place of the job's. Raises
+    MismatchError where mask or scores are another model's, CheckFailed where
+    weights did not come back.
     """
     prompts = read_sets(job.prompts, job.benign, job.task, job.limit)
     masks = _masks(job)
@@ -108,7 +116,7 @@ def run_perturb(job: PerturbJob, folder: Path, report: Reporter = quiet_reporter
     kept = KeptAnswers(folder, prompts, job.generation)
     facts: dict[str, dict[str, Any]] = {}
     answers = _answers(job, masks, arms, prompts, kept, prints, facts, report)
-    judge, refusals = load_judge(job.judge), RefusalJudge()
+    judge, refusals = judges() if judges is not None else (load_judge(job.judge), RefusalJudge())
     models = []
     with report("judging", "arms") as progress:
         for number, (name, given) in enumerate(answers.items(), 1):
@@ -133,6 +141,36 @@ def run_perturb(job: PerturbJob, folder: Path, report: Reporter = quiet_reporter
     write_json(folder / "results.json", results)
     kept.clear()
     return results
+
+
+def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows for people: every arm's shares with their intervals, predicted and measured change of S."""
+    models = results["models"]
+    columns = (("asr", "ASR"), ("refusal", "refusal"), ("over_refusal", "over-refusal"), ("utility", "utility"))
+    measured = [(key, label) for key, label in columns if key in models[BASELINE]]
+    predicts = any(arm["predicted"] is not None for arm in results["arms"])
+
+    def shares(name: str) -> list[str]:
+        found = [_share(models[name][key]) for key, _ in measured]
+        return [*found, f"{100 * (models[name]['incoherent']['rate'] or 0):.1f} %"]
+
+    header = ["weights", "r", *(label for _, label in measured), "incoherent"]
+    rows = [[BASELINE, "", *shares(BASELINE), *(["", ""] if predicts else [])]]
+    for arm in results["arms"]:
+        draw = f" ({arm['draw'] + 1})" if results["settings"]["draws"] > 1 else ""
+        change = [_number(arm["predicted"]), _number(arm["S"]["difference"])] if predicts else []
+        rows.append([arm["kind"] + draw, f"{arm['r']:g}", *shares(arm["name"]), *change])
+    return header + (["dS predicted", "dS measured"] if predicts else []), rows
+
+
+def _share(rate: Mapping[str, Any]) -> str:
+    if rate["rate"] is None:
+        return "-"
+    return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3g}"
 
 
 def _masks(job: PerturbJob) -> dict[Kind, Mask]:

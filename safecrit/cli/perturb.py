@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from safecrit.cli import options as o
-from safecrit.cli.evaluate import share
 from safecrit.cli.sink import Sink
 
 Noise = Annotated[str, typer.Option("--noise", metavar="R,...", help="Sizes of the noise, in sigma of each matrix.")]
@@ -129,32 +128,12 @@ def _sizes(text: str) -> tuple[float, ...]:
 
 
 def _print(results: dict[str, Any], sink: Sink) -> None:
-    models = results["models"]
-    columns = (("asr", "ASR"), ("refusal", "refusal"), ("over_refusal", "over-refusal"), ("utility", "utility"))
-    measured = [(key, label) for key, label in columns if key in models["unperturbed"]]
-    predicts = any(arm["predicted"] is not None for arm in results["arms"])
-    header = ["weights", "r", *(label for _, label in measured), "incoherent"]
-    rows: list[list[str]] = [["unperturbed", "", *_rates(models["unperturbed"], measured)]]
-    for arm in results["arms"]:
-        name = arm["kind"] + (f" ({arm['draw'] + 1})" if results["settings"]["draws"] > 1 else "")
-        row = [name, f"{arm['r']:g}", *_rates(models[arm["name"]], measured)]
-        if predicts:
-            row += [_number(arm["predicted"]), _number(arm["S"]["difference"])]
-        rows.append(row)
-    if predicts:
-        header += ["dS predicted", "dS measured"]
-        rows[0] += ["", ""]
+    from safecrit.api.perturb import table
+
     info = results["settings"]["mask"]
+    header, rows = table(results)
     sink.table(f"Noise of r sigma on {info['count']:,} of {info['total']:,} weights; 95 % intervals", header, rows)
-    if predicts:
+    if "dS predicted" in header:
         sink.line("dS: change of the judge's mean score; predicted to first order from the scores, for small r.")
     sink.line("Weights restored bit for bit after every arm: yes (sha256 of all tensors in memory).")
     sink.result(results)
-
-
-def _rates(figures: dict[str, Any], measured: list[tuple[str, str]]) -> list[str]:
-    return [*(share(figures.get(key)) for key, _ in measured), f"{100 * (figures['incoherent']['rate'] or 0):.1f} %"]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3g}"
