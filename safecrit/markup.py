@@ -21,11 +21,15 @@ OUTSIDE = "none"
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table that scrolls by itself where the screen is narrow; the first column on the left."""
     head = "".join(f"<th>{escape(str(name))}</th>" for name in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{'' if cell is None else escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in rows
-    )
+    body = "".join(f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(value: Any) -> str:
+    """A cell; one with a word longer than a line of a phone may break anywhere."""
+    text = "" if value is None else str(value)
+    long = any(len(word) > 30 for word in text.split())
+    return f"<td{' class=long' if long else ''}>{escape(text)}</td>"
 
 
 def heat_map(

@@ -109,6 +109,8 @@ def _flat(value: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
     for key, entry in value.items():
         if isinstance(entry, Mapping):
             found += _flat(entry, f"{before}{key}.")
+        elif isinstance(entry, list) and entry and isinstance(entry[0], Mapping):
+            found += _flat({str(n): inner for n, inner in enumerate(entry, 1)}, f"{before}{key}.")
         else:
             found.append((f"{before}{key}", entry))
     return found
@@ -136,7 +138,7 @@ a{color:var(--c0)}code{overflow-wrap:anywhere}.note{color:var(--soft);font-size:
 .scroll{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;font-size:.88rem}
 th,td{padding:.22rem .7rem .22rem 0;text-align:right;vertical-align:top;border-bottom:1px solid var(--line)}
-th:first-child,td:first-child{text-align:left}td+td{overflow-wrap:anywhere;max-width:28rem}
+th:first-child,td:first-child{text-align:left}td.long{overflow-wrap:anywhere;max-width:28rem}
 svg text{font:11px system-ui,sans-serif;fill:var(--ink)}svg .m,svg .on{text-anchor:middle}svg .e{text-anchor:end}
 svg .on{fill:var(--on)}.map rect{fill:var(--map);stroke:var(--line);stroke-width:.3}
 .plot{width:100%;max-width:34rem;height:auto;display:block}.plot rect{fill:var(--c0)}
