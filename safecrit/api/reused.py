@@ -44,7 +44,8 @@ def reuse_warnings(job: EvalJob, prompts: EvalPrompts, judge: Mapping[str, Any])
         key = "fingerprint" if scoring.judge.get("fingerprint") and judge.get("fingerprint") else "id"
         if scoring.judge.get(key) and scoring.judge[key] == judge.get(key):
             warnings.append(
-                f"the judge {judge.get('id')} was used for scoring too ({scoring.where}): add a second --judge"
+                f"the judge {judge.get('id')} was used for scoring too ({scoring.where}): "
+                "its word alone says little; have another --judge beside it"
             )
     return list(dict.fromkeys(warnings))
 
