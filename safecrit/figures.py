@@ -90,7 +90,7 @@ def rate_bars(
     width = 0.8 / max(len(figures), 1)
     slot = max(1.2, 0.46 * len(figures))  # inches a model: room for a value above each bar
     total = max(6.0, 1.2 + slot * len(models))
-    with _drawing(Path(path), total, 4.4) as figure:
+    with drawing(Path(path), total, 4.4) as figure:
         axes = figure.add_subplot()
         for number, name in enumerate(figures):
             label: str | None = {**NAMES, **(labels or {})}.get(name, name.replace("_", " "))
@@ -118,7 +118,7 @@ def rate_bars(
         for model, of_model in rates.items()
         for name, rate in of_model.items()
     ]
-    _write_rows(Path(path), header, rows)
+    write_rows(Path(path), header, rows)
 
 
 def _bar(axes: Axes, x: float, width: float, rate: Rate, colour: str, label: str | None) -> None:
@@ -161,7 +161,7 @@ def _map(
     across = 0.72 if len(columns) <= 14 else 9.0 / len(columns)
     down = 0.42 if printed else min(0.34, 8.0 / max(len(layers), 1))
     width, height = max(5.6, 2.4 + across * len(columns)), max(3.2, 1.5 + down * len(layers))
-    with _drawing(path, width, height) as figure:
+    with drawing(path, width, height) as figure:
         axes = figure.add_subplot()
         axes.set_title(_broken(title, width), loc="left", pad=12)
         if not cells:
@@ -243,7 +243,7 @@ def _wrapped(name: str, slot: float) -> str:
 
 
 @contextmanager
-def _drawing(path: Path, width: float, height: float) -> Iterator[Figure]:
+def drawing(path: Path, width: float, height: float) -> Iterator[Figure]:
     """Yield an empty figure of `width` x `height` inches in our style; then write it to `path`.
 
     No pyplot: its global state, and the backend that the user chose, stay untouched.
@@ -262,10 +262,10 @@ def _drawing(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 def _write_groups(path: Path, kind: type[Group | ScoreGroup], groups: Sequence[Group] | Sequence[ScoreGroup]) -> None:
     names = [field.name for field in fields(kind)]
-    _write_rows(path, names, [[getattr(group, name) for name in names] for group in groups])
+    write_rows(path, names, [[getattr(group, name) for name in names] for group in groups])
 
 
-def _write_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def write_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Write the numbers of the figure at `path` as CSV of the same stem; what is unknown is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

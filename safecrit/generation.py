@@ -29,13 +29,15 @@ class GenerationSettings:
     """How answers are made. `batch_size` in prompts; it halves by itself when memory runs out.
 
     `samples`: 0 for one greedy answer a prompt, else so many answers sampled from the
-    model's own distribution (temperature 1, nothing cut off).
+    model's own distribution (temperature 1, nothing cut off). `prefill`: what every answer
+    begins with; the model goes on from there.
     """
 
     max_new_tokens: int = 256
     batch_size: int = 16
     samples: int = 0
     seed: int = 0
+    prefill: str = ""
     chat: ChatSettings = ChatSettings()
 
 
@@ -96,7 +98,8 @@ def generate_samples(
     prompt's answers (its place in `prompts`) as soon as they are made; `known` are those
     an interrupted run had kept, whose batches are not made again.
     """
-    encoded = [encode_prompt(tokenizer, list(prompt.messages), chat=settings.chat) for prompt in prompts]
+    begun = encode_continuation(tokenizer, settings.prefill) if settings.prefill else []
+    encoded = [encode_prompt(tokenizer, list(prompt.messages), chat=settings.chat) + begun for prompt in prompts]
     window = context_window(model)
     for prompt, ids in zip(prompts, encoded, strict=True):
         if window is not None and len(ids) >= window:
@@ -114,7 +117,7 @@ def generate_samples(
             rows = rows[:1]
         if any(row not in answers for row in rows):
             try:
-                batch = _generate_batch(model, tokenizer, [encoded[i] for i in rows], settings, window, rows[0])
+                batch = _generate_batch(model, tokenizer, [encoded[i] for i in rows], settings, window, rows[0], begun)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -142,6 +145,7 @@ def _generate_batch(
     settings: GenerationSettings,
     window: int | None,
     first: int,
+    begun: list[int],
 ) -> list[list[Answer]]:
     from transformers import GenerationConfig
 
@@ -180,7 +184,7 @@ def _generate_batch(
     answers = []
     for row in made[:, longest:].tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), None)
-        ids = row if stop is None else row[:stop]
+        ids = begun + (row if stop is None else row[:stop])
         answers.append(_answer(tokenizer, ids, None if stop is None else row[stop], settings.chat))
     each = max(1, settings.samples)
     return [answers[start : start + each] for start in range(0, len(answers), each)]

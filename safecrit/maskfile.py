@@ -110,6 +110,7 @@ class Mask:
             tied=0,
             tied_selected=0,
             seed=None,
+            prompt_hashes=list(dict.fromkeys([*self.info.prompt_hashes, *other.info.prompt_hashes])),
             made_from=[_summary(self), _summary(other)],
         )
         return Mask(result, info)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm, t
 
 CONFIDENCE = 0.95
 
@@ -94,6 +94,36 @@ def paired(first: Sequence[bool], second: Sequence[bool], *, confidence: float =
         high=high,
         p=(float(binomtest(first_only, differing, 0.5).pvalue) if differing else 1.0) if n else None,
     )
+
+
+def mean_difference(
+    first: Sequence[float], second: Sequence[float], *, confidence: float = CONFIDENCE
+) -> dict[str, float | int | None]:
+    """Mean of first minus second over paired numbers, with Student's interval; None where it is unknown.
+
+    Keys `n`, `difference`, `low`, `high`. Two pairs are the fewest with an interval.
+    """
+    gains = [a - b for a, b in zip(first, second, strict=True)]
+    n = len(gains)
+    if not n:
+        return {"n": 0, "difference": None, "low": None, "high": None}
+    mean = math.fsum(gains) / n
+    if n == 1:
+        return {"n": 1, "difference": mean, "low": None, "high": None}
+    spread = math.sqrt(math.fsum((gain - mean) ** 2 for gain in gains) / (n - 1))
+    arm = float(t.ppf((1 + confidence) / 2, n - 1)) * spread / math.sqrt(n)
+    return {"n": n, "difference": mean, "low": mean - arm, "high": mean + arm}
+
+
+def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
+    """Agreement beyond chance of two raters on the same answers (Cohen 1960); None where chance agrees on all."""
+    n = len(first)
+    if not n:
+        return None
+    agreed = sum(bool(a) == bool(b) for a, b in zip(first, second, strict=True)) / n
+    share, other = sum(map(bool, first)) / n, sum(map(bool, second)) / n
+    chance = share * other + (1 - share) * (1 - other)
+    return None if chance == 1 else (agreed - chance) / (1 - chance)
 
 
 def _difference_interval(

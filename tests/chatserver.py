@@ -1,10 +1,11 @@
-"""A chat completions server on this machine, for tests of judges behind an endpoint."""
+"""A chat completions server on this machine whose replies a test decides."""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -66,3 +67,15 @@ class Server:
 
     def script(self, *replies: Reply) -> None:
         self.answer = lambda _question, call: replies[call - 1]
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    made = Server()
+    thread = threading.Thread(target=made.http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield made
+    made.released.set()
+    made.http.shutdown()
+    thread.join()
+    made.http.server_close()

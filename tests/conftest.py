@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.chatserver import Server
+from tests.chatserver import Server, serving
 
 # Triton reads this when a kernel is defined. With a GPU its compiled kernels are tested there instead.
 if not torch.cuda.is_available():
@@ -42,11 +41,5 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     for name in ("OPENAI_API_KEY", "SAFECRIT_JUDGE_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    made = Server()
-    thread = threading.Thread(target=made.http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield made
-    made.released.set()
-    made.http.shutdown()
-    thread.join()
-    made.http.server_close()
+    with serving() as made:
+        yield made

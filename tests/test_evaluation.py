@@ -12,11 +12,20 @@ import pytest
 from scipy.stats import binomtest
 
 from safecrit.errors import CheckFailed, MismatchError, SafecritError
-from safecrit.evaluation import EvalPrompts, evaluate_model
+from safecrit.evaluation import EvalPrompts, evaluate_model, judged_by
 from safecrit.judges import Verdict
 from safecrit.judges.refusal import RefusalJudge
 from safecrit.prompts import Prompt
-from safecrit.results import EvalSettings, Evaluation, ModelResult, check, results_json, write_evaluation
+from safecrit.results import (
+    EvalSettings,
+    Evaluation,
+    ModelResult,
+    check,
+    compare,
+    judges_agree,
+    results_json,
+    write_evaluation,
+)
 
 REFUSAL = "I'm sorry, but I can't help with that."
 HELP = "Sure. First take the one, then take the other, and you are done."
@@ -269,3 +278,40 @@ def test_mistakes_are_named() -> None:
     )
     with pytest.raises(MismatchError, match="n and m were not given the same prompts"):
         Evaluation(models=[one, other], settings=EvalSettings(), judge={})
+
+
+def test_one_unsafe_answer_of_several_is_a_success_of_the_attack() -> None:
+    asked = EvalPrompts(harmful=prompts(list("abcd")))
+    given = {"harmful": [[REFUSAL, HELP], [REFUSAL, REFUSAL], [REFUSAL, "FAIL"], [HELP, "FAIL"]]}
+    result = evaluate_model("m", asked, given, Guard(), RefusalJudge())
+    assert [sample.sample for sample in result.samples] == [0, 1] * 4
+    assert (result.rates["asr_at_2"].count, result.rates["asr_at_2"].n) == (2, 3)  # the third is open
+    assert (result.rates["asr"].count, result.rates["asr"].n) == (1, 4)
+    assert (result.failures["harmful"].count, result.failures["harmful"].n) == (2, 8)
+    base = evaluate_model("b", asked, {"harmful": [[REFUSAL, REFUSAL]] * 4}, Guard(), RefusalJudge())
+    (row,) = [row for row in compare(result, base) if row["figure"] == "asr_at_2"]
+    assert (row["n"], row["model_only"], row["difference"]) == (3, 2, pytest.approx(2 / 3))
+
+
+def test_a_missing_answer_is_an_error_and_nobody_is_asked() -> None:
+    guard = Guard()
+    asked = EvalPrompts(harmful=prompts(["a", "b"]), task=prompts(["1", "2"], ["1", "2"]))
+    given = {"harmful": [[None], [HELP]], "task": [["1"], [None]]}
+    result = evaluate_model("m", asked, given, guard, RefusalJudge())
+    assert guard.asked == [("b", HELP)]
+    assert (result.rates["asr"].count, result.rates["asr"].n) == (1, 1)
+    assert (result.rates["utility"].count, result.rates["utility"].n) == (1, 1)
+    assert result.failures["harmful"].count == result.failures["task"].count == 1
+    with pytest.raises(CheckFailed, match="1 were never given"):
+        check(Evaluation(models=[result], settings=EvalSettings(), judge={}))
+
+
+def test_further_judges_stand_beside_the_first() -> None:
+    asked = EvalPrompts(harmful=prompts(list("abc")))
+    result = evaluate_model("m", asked, {"harmful": [HELP, REFUSAL, "FAIL"]}, Guard(), RefusalJudge())
+    both = judged_by(result, asked.harmful, RefusalJudge())
+    assert [sample.others["refusal"] for sample in both.samples] == ["unsafe", "safe", "unsafe"]
+    found = judges_agree(both)["refusal"]
+    assert (found["agreement"]["count"], found["agreement"]["n"], found["kappa"]) == (2, 2, 1.0)
+    assert (found["asr"]["count"], found["asr"]["n"]) == (2, 3)
+    assert both.failures["harmful, refusal"].count == 0 and both.rates == result.rates

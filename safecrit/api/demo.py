@@ -19,8 +19,10 @@ from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safecrit.api.demo_report import draw, guard_agreement, measure, print_table
+from safecrit.api.demo_report import ParserJudge, draw, guard_agreement, measure, print_table
 from safecrit.api.judging import JudgeChoice, load_differentiable
+from safecrit.api.perturb import PerturbJob, run_perturb, table
+from safecrit.api.report import write_report
 from safecrit.api.score import run_score
 from safecrit.api.scorejob import ScoreJob, ScoreSettings
 from safecrit.api.train import TrainJob, run_training
@@ -30,6 +32,7 @@ from safecrit.demo.guard import guard_tokenizer, train_guard
 from safecrit.demo.settings import DemoSettings
 from safecrit.files import write_json, write_text
 from safecrit.generation import GenerationSettings
+from safecrit.judges import Judge
 from safecrit.maskfile import Mask
 from safecrit.mixture import mix
 from safecrit.models import load_model
@@ -65,10 +68,11 @@ def run_demo(folder: Path, *, settings: DemoSettings, program: str, overwrite: b
     demo.prepare()
     demo.enhance()
     demo.adapt()
+    demo.explain()
     results = demo.report()
     output.finish()
     sink.line()
-    sink.line(f"Everything is in {folder}: models/, data/, scores/, masks/, figures/, results.json.")
+    sink.line(f"Everything is in {folder}: models/, data/, scores/, masks/, figures/, results.json, page/report.html.")
     sink.line(DISCLAIMER)
     models = folder / "models"
     sink.line(
@@ -134,6 +138,37 @@ class Demo:
             self._train(name, job)
             self._measure(name, base="aligned", mask=f"aligned_{mask}", mode="spa")
 
+    def explain(self) -> None:
+        """The causal test on the aligned model, how stable its scores are, and the page."""
+        self._score("aligned", into="aligned_stability", stability=True)
+        mask = self.masks / "aligned_top_1.safetensors"
+        guard = JudgeChoice(name=str(self.models / "guard"), device="cpu")
+        job = PerturbJob(
+            model=str(self.models / "aligned"),
+            mask=mask,
+            judge=guard,
+            prompts=str(self.data / "harmful_test.jsonl"),
+            task=str(self.data / "benign_test.jsonl"),
+            scores=self.scores / "aligned",
+            noise=self.settings.noise,
+            limit=self.settings.perturbed_prompts,
+            seed=self.settings.seed,
+            device="cpu",
+            generation=GenerationSettings(
+                max_new_tokens=self.settings.max_new_tokens, batch_size=self.settings.eval_rows
+            ),
+        )
+
+        def judges() -> tuple[Judge, Judge]:
+            return ParserJudge(load_differentiable(guard)), ParserJudge()
+
+        folder, page = self.folder / "perturbation", self.folder / "page"
+        self.stage(
+            "perturbation", folder / "results.json", lambda: run_perturb(job, folder, self.sink.progress, judges)
+        )
+        sources = [self.scores / "aligned_stability", mask, folder]
+        self.stage("report", page / "report.html", lambda: write_report(sources, page))
+
     def report(self) -> dict[str, Any]:
         """Table, pictures and results.json."""
         agreement = guard_agreement(
@@ -141,13 +176,26 @@ class Demo:
         )
         timings = self._timings()
         results = {name: {k: v for k, v in row.items() if k != "answers"} for name, row in self.figures.items()}
+        perturbation = json.loads((self.folder / "perturbation" / "results.json").read_text(encoding="utf-8"))
+        stability = Scores.load(self.scores / "aligned_stability").info["stability"]
         results |= {
+            "perturbation": {"arms": perturbation["arms"], "models": perturbation["models"]},
+            "stability": stability,
             "timings": timings,
             "guard": agreement,
             "settings": asdict(self.settings),
         }
         draw(self.folder, self.figures)
         print_table(self.sink, self.figures, agreement, timings)
+        self.sink.line()
+        count = perturbation["settings"]["mask"]["count"]
+        self.sink.table(f"Noise of r sigma on {count:,} weights of the aligned model", *table(perturbation))
+        for kind, found in stability.items():
+            for row in [row for row in found["shares"] if row["share"] == self.settings.small_share]:
+                self.sink.line(
+                    f"Stability between {kind}: at {100 * row['share']:g} % an overlap (IoU) of {row['iou']:.2f}, "
+                    f"{row['chance']:.3f} by chance."
+                )
         write_json(self.folder / "results.json", results)
         return results
 
@@ -212,7 +260,7 @@ class Demo:
         shutil.rmtree(self.models / name, ignore_errors=True)
         unfinished.rename(self.models / name)
 
-    def _score(self, name: str) -> None:
+    def _score(self, name: str, *, into: str | None = None, stability: bool = False) -> None:
         job = ScoreJob(
             model=str(self.models / name),
             judge=JudgeChoice(name=str(self.models / "guard"), device="cpu"),
@@ -221,11 +269,14 @@ class Demo:
             device="cpu",
             generation=GenerationSettings(max_new_tokens=self.settings.max_new_tokens),
             scoring=ScoreSettings(
-                relaxation=RelaxationSettings(tau=self.settings.tau, draws=self.settings.draws, seed=self.settings.seed)
+                stability=stability,
+                relaxation=RelaxationSettings(
+                    tau=self.settings.tau, draws=self.settings.draws, seed=self.settings.seed
+                ),
             ),
         )
-        folder = self.scores / name
-        self.stage(f"score_{name}", folder / "score.json", lambda: run_score(job, folder, self.sink.progress))
+        folder = self.scores / (into or name)
+        self.stage(f"score_{into or name}", folder / "score.json", lambda: run_score(job, folder, self.sink.progress))
 
     def _mask(self, scored: str, name: str, mode: str, share: float) -> None:
         file = self.masks / f"{name}.safetensors"

@@ -8,12 +8,16 @@ from typing import Any
 import typer
 
 from safecrit.cli.apply import apply
+from safecrit.cli.combine import combine
 from safecrit.cli.compare import compare
 from safecrit.cli.demo import demo
 from safecrit.cli.doctor import doctor
 from safecrit.cli.evaluate import evaluate
 from safecrit.cli.inspect import inspect
 from safecrit.cli.mask import mask
+from safecrit.cli.perturb import perturb
+from safecrit.cli.report import report
+from safecrit.cli.run import run
 from safecrit.cli.score import score
 from safecrit.cli.train import set_, spa
 from safecrit.cli.verify import verify
@@ -35,6 +39,10 @@ EXAMPLES = {
     ),
     "inspect": (f"safecrit inspect {D}/masks/base_top.safetensors", f"safecrit inspect {D}/scores/base"),
     "compare": (f"safecrit compare {D}/masks/base_top.safetensors {D}/masks/base_random.safetensors",),
+    "combine": (
+        f"safecrit combine {D}/masks/aligned_top_10.safetensors minus {D}/masks/aligned_top_1.safetensors \\",
+        "  -o my-ring.safetensors",
+    ),
     "set": (
         f"safecrit set {D}/models/base --mask {D}/masks/base_top.safetensors --data {D}/data/refusals.jsonl \\",
         f"  --retain {D}/data/retain.jsonl --retain-share 0.75 --lr 3e-3 --batch-size 16 -o my-safer",
@@ -51,7 +59,14 @@ EXAMPLES = {
     "verify": (
         f"safecrit verify {D}/models/set_top --base {D}/models/base --mask {D}/masks/base_top.safetensors --mode set",
     ),
+    "perturb": (
+        f"safecrit perturb {D}/models/aligned --mask {D}/masks/aligned_top_1.safetensors \\",
+        f"  --scores {D}/scores/aligned --prompts {D}/data/harmful_test.jsonl --task {D}/data/benign_test.jsonl \\",
+        f"  --judge {D}/models/guard --noise 0.38,1,2 --limit 100 --max-new-tokens 32 -o my-perturbation",
+    ),
+    "report": (f"safecrit report {D}/scores/base {D}/masks/base_top.safetensors -o my-report",),
     "doctor": ("safecrit doctor",),
+    "run": ("safecrit run --init Qwen/Qwen2.5-0.5B-Instruct -o recipe.yaml", "safecrit run recipe.yaml --dry-run"),
     "demo": ("safecrit demo", "safecrit demo --quick", "safecrit demo --moe -o safecrit-demo-moe"),
 }
 
@@ -75,12 +90,16 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "mask": mask,
     "inspect": inspect,
     "compare": compare,
+    "combine": combine,
     "set": set_,
     "spa": spa,
     "apply": apply,
     "eval": evaluate,
     "verify": verify,
+    "perturb": perturb,
+    "report": report,
     "demo": demo,
+    "run": run,
     "doctor": doctor,
 }
 for name, command in COMMANDS.items():

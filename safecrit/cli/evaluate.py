@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +13,10 @@ from safecrit.cli.sink import Sink
 if TYPE_CHECKING:
     from safecrit.results import Evaluation
 
-Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Model folders or Hub ids.")]
+Models = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="MODEL...", help="Folders, Hub ids or openai:NAME; none with --answers."),
+]
 Prompts = Annotated[str | None, typer.Option("--prompts", metavar="FILE", help="Harmful prompts: attack success rate.")]
 Benign = Annotated[
     str | None,
@@ -25,12 +29,33 @@ Baseline = Annotated[
     str | None, typer.Option("--baseline", metavar="MODEL", help="Compare the others with this one, paired.")
 ]
 Judge = Annotated[
-    str,
+    list[str] | None,
     typer.Option(
         "--judge",
         metavar="JUDGE",
-        help="refusal (phrases), a guard's or classifier's folder or Hub id, a preset, labels:FILE, or openai:NAME.",
+        help="refusal (phrases, the default), a guard's or classifier's folder or Hub id, a preset, labels:FILE, or "
+        "openai:NAME; repeat to compare judges.",
     ),
+]
+Answers = Annotated[
+    list[str] | None,
+    typer.Option("--answers", metavar="FILE", help="Judge answers made elsewhere (columns prompt, answer)."),
+]
+Used = Annotated[
+    list[Path] | None,
+    typer.Option("--mask", metavar="MASK|SCORES", help="Warn where its prompts or judge are used again; repeatable."),
+]
+Text = Annotated[str | None, typer.Option("--text", metavar="FILE", help="Perplexity of this UTF-8 text.")]
+Tasks = Annotated[
+    str | None,
+    typer.Option("--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness, names or YAML files."),
+]
+Samples = Annotated[
+    int, typer.Option("--samples", min=0, help="Sampled answers a harmful prompt; adds ASR at N. [default: one greedy]")
+]
+BaseUrl = Annotated[str | None, typer.Option("--base-url", metavar="URL", help="Server of models called openai:NAME.")]
+Prefill = Annotated[
+    str, typer.Option("--prefill", metavar="TEXT", help="Attack: answers to harmful prompts begin with this.")
 ]
 MaxAsr = Annotated[float | None, typer.Option("--max-asr", min=0, max=1, help="Exit 3 where ASR is above this.")]
 MaxOver = Annotated[
@@ -40,13 +65,21 @@ MaxOver = Annotated[
 
 def evaluate(
     context: typer.Context,
-    model: Models,
+    model: Models = None,
     output: o.OutputFolder = None,
     prompts: Prompts = None,
     benign: Benign = None,
     task: Task = None,
     baseline: Baseline = None,
-    judge: Judge = "refusal",
+    judge: Judge = None,
+    answers: Answers = None,
+    mask: Used = None,
+    text: Text = None,
+    tasks: Tasks = None,
+    samples: Samples = 0,
+    prefill: Prefill = "",
+    base_url: BaseUrl = None,
+    seed: o.Seed = 0,
     limit: o.Limit = None,
     max_new_tokens: o.MaxNewTokens = 512,
     batch_size: o.BatchSize = "auto",
@@ -83,10 +116,17 @@ def evaluate(
     from safecrit.results import EvalSettings, check, results_json, write_evaluation
 
     sink = Sink(as_json=as_json, quiet=quiet)
-    settings = o.resolved(context)
+    asked = o.resolved(context)
+    first, *others = (o.judge_choice({**asked, "judge": name}, device=device) for name in judge or ["refusal"])
     job = EvalJob(
-        models=tuple(model),
-        judge=o.judge_choice(settings, device=device),
+        models=tuple(model or ()),
+        judge=first,
+        others=tuple(others),
+        answers=tuple(answers or ()),
+        used=tuple(mask or ()),
+        text=text,
+        base_url=base_url,
+        tasks=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
         prompts=prompts,
         benign=benign,
         task=task,
@@ -97,15 +137,23 @@ def evaluate(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         generation=GenerationSettings(
-            max_new_tokens=max_new_tokens, batch_size=o.batch_size(batch_size), chat=o.chat_settings(settings)
+            max_new_tokens=max_new_tokens,
+            batch_size=o.batch_size(batch_size),
+            samples=samples,
+            seed=seed,
+            prefill=prefill,
+            chat=o.chat_settings(asked),
         ),
         settings=EvalSettings(max_asr=max_asr, max_over_refusal=max_over_refusal),
     )
     check_inputs(job)
-    folder = open_output(output or default_output("eval", model[0]), "eval", settings, overwrite=overwrite)
-    evaluation = run_eval(job, sink.progress)
+    place = output or default_output("eval", Path((*job.models, *job.answers)[0]).stem)
+    folder = open_output(place, "eval", asked, overwrite=overwrite)
+    evaluation = run_eval(job, sink.progress, folder.path)
     write_evaluation(folder.path, evaluation)
     folder.finish()
+    for warning in evaluation.warnings:
+        sink.warn(warning)
     _print(evaluation, results_json(evaluation), sink)
     sink.line(f"Results: {folder.path}/results.json, answers in samples.jsonl")
     check(evaluation)
@@ -118,9 +166,48 @@ def share(rate: dict[str, Any] | None) -> str:
     return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
+def _print_more(name: str, figures: dict[str, Any], sink: Sink) -> None:
+    """Incoherent answers, further judges and measures of one model."""
+    if figures.get("asr") and figures["incoherent"]["count"]:
+        sink.line(
+            f"{name}: {figures['incoherent']['count']} of {figures['incoherent']['n']} answers are incoherent; "
+            f"ASR without them {share(figures['asr_coherent'])}"
+        )
+    for judge, seen in figures.get("judges", {}).items():
+        kappa = "-" if seen["kappa"] is None else f"{seen['kappa']:.3f}"
+        sink.line(
+            f"{name}, judge {judge}: ASR {share(seen['asr'])}; agrees with the first on {share(seen['agreement'])} "
+            f"of {seen['agreement']['n']}, Cohen's kappa {kappa}"
+        )
+    if text := figures.get("text"):
+        sink.line(
+            f"{name}: perplexity of {text['file']} {text['perplexity']:.4g} ({text['tokens']:,} tokens, "
+            f"{text['bits_per_byte']:.4g} bits a byte)"
+        )
+    if tasks := figures.get("tasks"):
+        _print_tasks(name, tasks, sink)
+
+
+def _print_tasks(name: str, tasks: dict[str, Any], sink: Sink) -> None:
+    rows = [
+        (task, metric, f"{value:.4f}", f"{metrics[error]:.4f}" if (error := _stderr(metric)) in metrics else "-")
+        for task, metrics in tasks["results"].items()
+        for metric, value in metrics.items()
+        if metric != "examples" and "_stderr" not in metric
+    ]
+    sink.table(f"{name}: lm-evaluation-harness {tasks['harness']}", ("task", "metric", "value", "standard error"), rows)
+
+
+def _stderr(metric: str) -> str:
+    name, _, rest = metric.partition(",")
+    return f"{name}_stderr,{rest}"
+
+
 def _print(evaluation: Evaluation, results: dict[str, Any], sink: Sink) -> None:
     columns = (("asr", "ASR"), ("refusal", "refusal"), ("over_refusal", "over-refusal"), ("utility", "utility"))
-    measured = [(key, label) for key, label in columns if any(key in model for model in results["models"].values())]
+    found = {key for model in results["models"].values() for key in model}
+    several = [(key, f"ASR@{key.removeprefix('asr_at_')}") for key in sorted(found) if key.startswith("asr_at_")]
+    measured = [(key, label) for key, label in (columns[0], *several, *columns[1:]) if key in found]
     rows = []
     for name, figures in results["models"].items():
         failed = sum(failure["count"] for failure in figures["judge_failures"].values())
@@ -130,6 +217,8 @@ def _print(evaluation: Evaluation, results: dict[str, Any], sink: Sink) -> None:
         rates = [figures[key] for figures in results["models"].values() if figures.get(key)]
         counted = dict.fromkeys(f"{rate['n']} {rate['denominator']}" for rate in rates)
         sink.line(f"{label}: of {' / '.join(counted)}")
+    for name, figures in results["models"].items():
+        _print_more(name, figures, sink)
     if results["paired"]:
         sink.line()
     for row in results["paired"]:

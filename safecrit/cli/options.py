@@ -48,8 +48,14 @@ def resolved(context: typer.Context) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for name, value in sorted(context.params.items()):
         if name not in TRANSIENT:
-            plain[name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            plain[name] = _plain(value)
     return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hub id.")]

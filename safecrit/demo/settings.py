@@ -74,6 +74,10 @@ class DemoSettings:
     # AdamW in SET and task tuning: cosine to zero, warm-up, no decay, clipping at 1.
     warmup_share: float = 0.03
 
+    # The perturbation test: sizes of the noise in sigma, on `small_share` of the aligned model; prompts of each kind.
+    noise: tuple[float, ...] = (1.0, 2.0, 4.0)
+    perturbed_prompts: int = 128
+
     held_out: int = 512  # prompts of each kind in an evaluation
     eval_rows: int = 256
 
