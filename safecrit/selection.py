@@ -150,7 +150,8 @@ def scoring_summary(info: Mapping[str, Any]) -> dict[str, Any]:
     stability = _object(info, "stability")
     if stability:
         summary["stability"] = {
-            kind: {key: found[key] for key in ("shares", "spearman")} for kind, found in stability.items()
+            kind: {key: found[key] for key in ("shares", "spearman") if key in found}
+            for kind, found in stability.items()
         }
     return summary
 
