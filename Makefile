@@ -35,6 +35,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/esi_accumulate.py --save
+	$(BIN)/python benchmarks/select_top.py --save
 
 gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
