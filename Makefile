@@ -41,6 +41,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/esi_accumulate.py --save
 	$(BIN)/python benchmarks/matrix_std.py --save
 	$(BIN)/python benchmarks/adamw.py --save
+	$(BIN)/python benchmarks/select_top.py --save
 
 gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
