@@ -26,7 +26,7 @@ MODEL: tuple[Phase, ...] = ("score.model",)
 JUDGE: tuple[Phase, ...] = ("score.judge",)
 SCORE: tuple[Phase, ...] = ("score.model", "score.judge")
 CHUNK_BUFFERS = 4  # [chunk, V] float32 buffers of the relaxation alive at once: logits, noise, p, dS/dp
-LIBRARIES = 700 << 20  # torch and transformers loaded take 500 MiB on a CPU (measured), oneDNN about 100 more
+LIBRARIES = 600 << 20  # torch and transformers, 520 to 550 MiB on a CPU (measured), and kernels that oneDNN compiles
 CUDA_CONTEXT = 700 << 20  # CUDA's context and cuBLAS workspaces; assumed
 BYTES_PER_ANSWER_TOKEN = 12  # of samples.jsonl: an id and its text
 
