@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safecrit.anatomy import Anatomy, read_anatomy
 from safecrit.errors import SafecritError
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run did. `changes`: SET's new values by checkpoint tensor; None for SPA, whose model holds them."""
+    """What a run did. `changes`: SET's new values by checkpoint tensor; None for SPA, whose model holds them.
+
+    `adapter` and `headline` describe the LoRA adapter that SPA trained, where it trained one.
+    """
 
     mode: str
     settings: TrainSettings
@@ -52,6 +55,8 @@ class TrainResult:
     mean_sigma: float
     changes: Changes | None = field(default=None, repr=False)
     warnings: list[str] = field(default_factory=list)
+    adapter: dict[str, Any] | None = None
+    headline: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
