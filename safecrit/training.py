@@ -103,7 +103,7 @@ def run_set(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm or None,
     )
-    data = _data(loaded, examples, retain_examples or (), retain_share, settings)
+    data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
     try:
         record = train(loaded, data, settings, progress, checkpoints, optimizer=optimizer)
         stored = checkpoint_tensors(loaded.folder)
@@ -132,7 +132,7 @@ def run_spa(
     settings = settings or TrainSettings(max_steps=1000)
     anatomy, parents = _check(loaded, mask, allow_other_weights)
     loaded.model.float()
-    data = _data(loaded, examples, retain_examples or (), retain_share, settings)
+    data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
     record = train(loaded, data, settings, progress, checkpoints, callback=ProtectCallback(mask))
     stored, movement, maps = checkpoint_tensors(loaded.folder), Movement(), MappedFiles()
     parameters = dict(loaded.model.named_parameters())
@@ -159,13 +159,14 @@ def _base(stored: dict[str, StoredTensor], name: str, loaded: LoadedModel) -> St
     return stored[name]
 
 
-def _data(
+def training_data(
     loaded: LoadedModel,
     examples: Sequence[TrainExample],
     retain: Sequence[TrainExample],
     share: float,
     settings: TrainSettings,
 ) -> Mixture:
+    """The examples of a whole run in their order; SafecritError where there are none."""
     if not examples:
         raise SafecritError("there are no training examples.")
     window = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
@@ -197,10 +198,7 @@ def _result(
             f"the trained weights moved by {movement.mean_sigma:.2g} sigma in the mean, which is negligible. "
             "Raise --learning-rate or --max-steps."
         )
-    if data.truncated:
-        warnings.append(f"{data.truncated} of {data.distinct} examples were cut to the length allowed (--max-length).")
-    if data.cut_away:
-        warnings.append(f"{data.cut_away} examples were left out: the cut took all of their answer.")
+    warnings += training_warnings(data)
     return TrainResult(
         mode=mode,
         settings=settings,
@@ -219,3 +217,13 @@ def _result(
         changes=changes,
         warnings=warnings,
     )
+
+
+def training_warnings(data: Mixture) -> list[str]:
+    """What the user should know of the examples: how many were cut, and how many left out."""
+    warnings = []
+    if data.truncated:
+        warnings.append(f"{data.truncated} of {data.distinct} examples were cut to the length allowed (--max-length).")
+    if data.cut_away:
+        warnings.append(f"{data.cut_away} examples were left out: the cut took all of their answer.")
+    return warnings

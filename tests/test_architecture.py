@@ -40,6 +40,7 @@ ROWS: list[list[set[str]]] = [
             "training",
             "training_output",
             "adapter",
+            "lora",
         },
         {"answers", "results", "evaluation"},
         {"tables", "figures", "plots", "distribution", "markup", "report"},
