@@ -17,7 +17,10 @@ _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What the card says. `base`: Hub id or folder of the base model. `mask_note`: one line on the mask."""
+    """What the card says. `base`: Hub id or folder of the base model. `mask_note`: one line on the mask.
+
+    `steps` and `learning_rate` are None where an adapter trained elsewhere was merged.
+    """
 
     mode: str
     base: str
@@ -26,8 +29,8 @@ class CardFacts:
     fingerprint: str
     mask_note: str
     headline: str
-    steps: int
-    learning_rate: float
+    steps: int | None
+    learning_rate: float | None
     final_loss: float | None
     mean_sigma: float
     changed: int
@@ -59,6 +62,7 @@ def model_card(facts: CardFacts) -> str:
     front += ["tags:", "- safecrit", f"- safecrit-{facts.mode}", "---"]
     revision = f", revision `{facts.revision}`" if facts.revision else ""
     loss = f", last loss {facts.final_loss:.4g}" if facts.final_loss is not None else ""
+    steps = "" if facts.steps is None else f" {facts.steps} steps, learning rate {facts.learning_rate:g}{loss}."
     parts = [
         "\n".join(front),
         f"# {name}, {'safety-tuned (SET)' if facts.mode == 'set' else 'adapted with protected weights (SPA)'}",
@@ -69,7 +73,7 @@ def model_card(facts: CardFacts) -> str:
                 f"- Base model: `{name}`{revision}, fingerprint `{facts.fingerprint}`.",
                 f"- Licence: {facts.licence or 'not declared by the base model'}; the base model's terms apply.",
                 f"- {facts.mask_note}",
-                f"- {facts.headline}. {facts.steps} steps, learning rate {facts.learning_rate:g}{loss}.",
+                f"- {facts.headline}.{steps}",
                 f"- Made with safecrit {__version__}. All settings: `safecrit/training.json`.",
                 "- Check: `safecrit verify THIS_FOLDER --base BASE --mask MASK "
                 f"--mode {facts.mode}` compares the files bit by bit.",

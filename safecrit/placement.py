@@ -60,6 +60,15 @@ def unwrap(model: Any) -> Any:
         model = inner
 
 
+def refuse_adapters(model: Any) -> None:
+    """SafecritError for a model that trains PEFT adapters, where a mask of the base weights reaches nothing."""
+    if getattr(model, "peft_config", None):
+        raise SafecritError(
+            "this model trains PEFT adapters, and a mask of the base weights has no hold on those. Train the adapter "
+            "as it is, then merge it under the mask: safecrit merge MODEL ADAPTER --mask MASK -o OUT."
+        )
+
+
 def check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
     """SafecritError where the entries of `parameter` cannot be reached by flat position."""
     if type(parameter.data).__name__ == "DTensor":

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safecrit.anatomy import Anatomy, read_anatomy
 from safecrit.errors import SafecritError
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run did. `changes`: SET's new values by checkpoint tensor; None for SPA, whose model holds them."""
+    """What a run did. `changes`: SET's new values by checkpoint tensor; None for SPA, whose model holds them.
+
+    `adapter` and `headline` describe the LoRA adapter that SPA trained, where it trained one.
+    """
 
     mode: str
     settings: TrainSettings
@@ -52,6 +55,8 @@ class TrainResult:
     mean_sigma: float
     changes: Changes | None = field(default=None, repr=False)
     warnings: list[str] = field(default_factory=list)
+    adapter: dict[str, Any] | None = None
+    headline: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -98,7 +103,7 @@ def run_set(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm or None,
     )
-    data = _data(loaded, examples, retain_examples or (), retain_share, settings)
+    data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
     try:
         record = train(loaded, data, settings, progress, checkpoints, optimizer=optimizer)
         stored = checkpoint_tensors(loaded.folder)
@@ -127,7 +132,7 @@ def run_spa(
     settings = settings or TrainSettings(max_steps=1000)
     anatomy, parents = _check(loaded, mask, allow_other_weights)
     loaded.model.float()
-    data = _data(loaded, examples, retain_examples or (), retain_share, settings)
+    data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
     record = train(loaded, data, settings, progress, checkpoints, callback=ProtectCallback(mask))
     stored, movement, maps = checkpoint_tensors(loaded.folder), Movement(), MappedFiles()
     parameters = dict(loaded.model.named_parameters())
@@ -154,13 +159,14 @@ def _base(stored: dict[str, StoredTensor], name: str, loaded: LoadedModel) -> St
     return stored[name]
 
 
-def _data(
+def training_data(
     loaded: LoadedModel,
     examples: Sequence[TrainExample],
     retain: Sequence[TrainExample],
     share: float,
     settings: TrainSettings,
 ) -> Mixture:
+    """The examples of a whole run in their order; SafecritError where there are none."""
     if not examples:
         raise SafecritError("there are no training examples.")
     window = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
@@ -192,10 +198,7 @@ def _result(
             f"the trained weights moved by {movement.mean_sigma:.2g} sigma in the mean, which is negligible. "
             "Raise --learning-rate or --max-steps."
         )
-    if data.truncated:
-        warnings.append(f"{data.truncated} of {data.distinct} examples were cut to the length allowed (--max-length).")
-    if data.cut_away:
-        warnings.append(f"{data.cut_away} examples were left out: the cut took all of their answer.")
+    warnings += training_warnings(data)
     return TrainResult(
         mode=mode,
         settings=settings,
@@ -214,3 +217,13 @@ def _result(
         changes=changes,
         warnings=warnings,
     )
+
+
+def training_warnings(data: Mixture) -> list[str]:
+    """What the user should know of the examples: how many were cut, and how many left out."""
+    warnings = []
+    if data.truncated:
+        warnings.append(f"{data.truncated} of {data.distinct} examples were cut to the length allowed (--max-length).")
+    if data.cut_away:
+        warnings.append(f"{data.cut_away} examples were left out: the cut took all of their answer.")
+    return warnings

@@ -20,6 +20,7 @@ from safecrit.checkpoint import rewrite
 from safecrit.delta import make_delta
 from safecrit.errors import SafecritError
 from safecrit.files import checkpoint_tensors, write_json, write_text
+from safecrit.fingerprint import Changes
 from safecrit.modelcard import CardFacts, base_licence, model_card
 from safecrit.models import LoadedModel
 from safecrit.movement import rows_to_json
@@ -62,42 +63,52 @@ def write_set_output(
 
 
 def write_spa_output(
-    loaded: LoadedModel, mask: Mask, out: str | Path, result: TrainResult, *, overwrite: bool = False
+    loaded: LoadedModel,
+    mask: Mask,
+    out: str | Path,
+    result: TrainResult,
+    *,
+    weights: Changes | None = None,
+    overwrite: bool = False,
 ) -> list[Path]:
-    """Write SPA's result, the weights that `loaded.model` holds now, to the folder `out`; the files written."""
+    """Write SPA's result to the folder `out`: `weights`, or all that `loaded.model` holds now; the files written."""
     out = Path(out)
     written = _own_files(loaded, mask, out, result, _document(loaded, mask, result))
-    return written + rewrite(loaded.folder, out, ModelWeights(loaded), overwrite=overwrite)
+    changes = ModelWeights(loaded) if weights is None else weights
+    return written + rewrite(loaded.folder, out, changes, overwrite=overwrite)
 
 
 class ModelWeights(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
-    """Every weight of a model in memory as changes to its checkpoint, made one tensor at a time when asked for."""
+    """Every weight of a model in memory as changes to its checkpoint, made one tensor at a time when asked for.
+
+    `tensors`: where each checkpoint tensor lies in the model; a tied copy has the anatomy's entry of its original.
+    """
 
     def __init__(self, loaded: LoadedModel) -> None:
         """Pair the checkpoint's tensors with the model's; a stored copy of a tied tensor follows the tensor."""
         anatomy = read_anatomy(loaded.model)
         self._stored = checkpoint_tensors(loaded.folder)
         self._parameters = dict(loaded.model.named_parameters())
-        self._tensors = dict(anatomy.tensors)
+        self.tensors = dict(anatomy.tensors)
         by_parameter = {tensor.parameter: tensor for tensor in anatomy.tensors.values()}
         for copy, target in (getattr(loaded.model, "all_tied_weights_keys", None) or {}).items():
-            if copy in self._stored and copy not in self._tensors and target in by_parameter:
-                self._tensors[copy] = by_parameter[target]
+            if copy in self._stored and copy not in self.tensors and target in by_parameter:
+                self.tensors[copy] = by_parameter[target]
 
     def __getitem__(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """All flat indices (int64 [n]) and all values ([n], the checkpoint's dtype, on the CPU) of one tensor."""
-        tensor = self._tensors[name]
+        tensor = self.tensors[name]
         dtype = DTYPES[self._stored[name].dtype] if name in self._stored else None
         values = tensor.source.of(self._parameters[tensor.parameter].detach()).to("cpu", dtype).reshape(-1)
         return torch.arange(values.numel()), values
 
     def __iter__(self) -> Iterator[str]:
         """Names of the tensors."""
-        return iter(self._tensors)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
         """Number of tensors."""
-        return len(self._tensors)
+        return len(self.tensors)
 
 
 def _own_files(
@@ -112,7 +123,7 @@ def _own_files(
             licence=base_licence(loaded.folder),
             fingerprint=result.parents[0],
             mask_note=f"Mask: {mask.info.mode}, {mask.count:,} of {mask.info.total:,} weights.",
-            headline=headline(mask, result.mode),
+            headline=result.headline or headline(mask, result.mode),
             steps=len(losses),
             learning_rate=settings.learning_rate,
             final_loss=losses[-1] if losses else None,
@@ -129,21 +140,9 @@ def _own_files(
 
 
 def _document(loaded: LoadedModel, mask: Mask, result: TrainResult) -> dict[str, Any]:
-    return {
-        "format": "safecrit-training",
-        "version": 1,
-        "safecrit": __version__,
-        "mode": result.mode,
-        "base": {"id": _name(loaded.id), "revision": loaded.revision, "fingerprint": result.parents[0]},
-        "parents": result.parents,
-        "mask": {
-            "mode": mask.info.mode,
-            "count": mask.count,
-            "fingerprint": mask.info.fingerprint,
-            "judge": mask.info.scoring.get("judge"),
-            "prompt_hashes": mask.info.prompt_hashes,
-        },
+    return provenance(loaded, mask, result.mode, result.parents) | {
         "settings": asdict(result.settings),
+        "adapter": result.adapter,
         "trained": result.trained,
         "total": result.total,
         "changed": result.changed,
@@ -163,6 +162,25 @@ def _document(loaded: LoadedModel, mask: Mask, result: TrainResult) -> dict[str,
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_bytes": result.peak_memory,
         "warnings": result.warnings,
+    }
+
+
+def provenance(loaded: LoadedModel, mask: Mask, mode: str, parents: list[str]) -> dict[str, Any]:
+    """The head of `training.json`: what was made, from which model, under which mask."""
+    return {
+        "format": "safecrit-training",
+        "version": 1,
+        "safecrit": __version__,
+        "mode": mode,
+        "base": {"id": _name(loaded.id), "revision": loaded.revision, "fingerprint": parents[0]},
+        "parents": parents,
+        "mask": {
+            "mode": mask.info.mode,
+            "count": mask.count,
+            "fingerprint": mask.info.fingerprint,
+            "judge": mask.info.scoring.get("judge"),
+            "prompt_hashes": mask.info.prompt_hashes,
+        },
     }
 
 

@@ -65,6 +65,26 @@ def test_frozen_entries_keep_their_bits_and_the_rest_trains_as_by_hand(kind: str
         assert (p.detach() != before[n])[~where[n]].any(), n
 
 
+@pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
+def test_two_hundred_steps_equal_those_made_by_hand(kind: str) -> None:
+    model, twin = build("llama"), build("llama")
+    mask = random_mask(model, 0.3)
+    where = selected(model, mask)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer, reference = OPTIMIZERS[kind](model.parameters()), OPTIMIZERS[kind](twin.parameters())
+    protect(model, mask, optimizer)
+    for step in range(200):
+        backward(model, step)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        by_hand(twin, where, reference, step)
+        for n, p in model.named_parameters():
+            assert torch.equal(p.detach()[where[n]].view(torch.uint8), before[n][where[n]].view(torch.uint8)), (step, n)
+    for (n, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q), n
+
+
 def test_removal_lets_the_weights_move_again() -> None:
     model = build("llama")
     mask = random_mask(model, 0.3)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from safecrit.adapter import merge_adapter, peft_module
 from safecrit.delta import Delta, apply_delta
 from safecrit.files import checkpoint_tensors
 from safecrit.fingerprint import accepted_fingerprints
+from safecrit.lora import LoraSettings, merged_result, train_adapter
 from safecrit.maskfile import Mask
 from safecrit.models import load_model, resolve_folder
 from safecrit.progress import Reporter, quiet_reporter
@@ -24,7 +26,10 @@ __all__ = ["TrainJob", "TrainOutcome", "check_inputs", "headline", "run_training
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """All that `set` and `spa` need to know. `save`: for set, what is written: model, delta or both."""
+    """All that `set` and `spa` need to know. `save`: for set, what is written: model, delta or both.
+
+    With `lora`, spa trains an adapter and merges it under the mask.
+    """
 
     mode: Literal["set", "spa"]
     model: str
@@ -40,6 +45,7 @@ class TrainJob:
     trust_remote_code: bool = False
     allow_other_weights: bool = False
     settings: TrainSettings = TrainSettings()
+    lora: LoraSettings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +61,8 @@ def check_inputs(job: TrainJob) -> Mask:
     """Find the user's mistakes before an output folder is made; the mask, checked to be this model's."""
     folder = resolve_folder(job.model, revision=job.revision)
     mask = Mask.load(job.mask)
+    if job.lora is not None:
+        peft_module()
     _examples(job)
     shapes = {name: tensor.shape for name, tensor in checkpoint_tensors(folder).items()}
     mask.check(shapes, fingerprints=accepted_fingerprints(folder), allow_other_weights=job.allow_other_weights)
@@ -68,6 +76,8 @@ def _examples(job: TrainJob) -> tuple[TrainData, TrainData | None]:
 def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter) -> TrainOutcome:
     """Train, write `folder`, and verify the files written against the base."""
     mask = Mask.load(job.mask)
+    if job.lora is not None:
+        return _run_lora(job, job.lora, mask, folder, report)
     data, retain = _examples(job)
     loaded = load_model(
         job.model,
@@ -96,6 +106,33 @@ def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter)
         write_set_output(loaded, mask, folder, result, job.save, overwrite=True)
         verified = _verify_set(job, folder, loaded.folder, mask)
     return TrainOutcome(result=result, verified=verified, skipped=data.empty)
+
+
+def _run_lora(job: TrainJob, lora: LoraSettings, mask: Mask, folder: Path, report: Reporter) -> TrainOutcome:
+    """Train an adapter, then merge it into the model loaded afresh, as `safecrit merge` does."""
+    data, retain = _examples(job)
+    source: dict[str, Any] = {
+        "revision": job.revision,
+        "device": job.device,
+        "trust_remote_code": job.trust_remote_code,
+    }
+    with report("training", "steps") as progress:
+        adapter = train_adapter(
+            load_model(job.model, dtype=job.dtype, **source),
+            data.examples,
+            retain.examples if retain else None,
+            job.retain_share,
+            job.settings,
+            lora,
+            folder / "safecrit" / "adapter",
+            lambda step, total, loss: progress(step, total, f"loss {loss:.3f}"),
+            checkpoints=folder / "safecrit" / "checkpoints",
+        )
+    loaded = load_model(job.model, **source)
+    merged = merge_adapter(loaded, adapter.folder, mask, allow_other_weights=job.allow_other_weights)
+    result = merged_result(adapter, merged, mask.info.total)
+    write_spa_output(loaded, mask, folder, result, weights=merged.weights, overwrite=True)
+    return TrainOutcome(result=result, verified=verify(folder, loaded.folder, mask, "spa"), skipped=data.empty)
 
 
 def _verify_set(job: TrainJob, folder: Path, base: Path, mask: Mask) -> VerifyReport:

@@ -15,6 +15,7 @@ from safecrit.cli.doctor import doctor
 from safecrit.cli.evaluate import evaluate
 from safecrit.cli.inspect import inspect
 from safecrit.cli.mask import mask
+from safecrit.cli.merge import merge
 from safecrit.cli.perturb import perturb
 from safecrit.cli.report import report
 from safecrit.cli.run import run
@@ -50,6 +51,9 @@ EXAMPLES = {
     "spa": (
         f"safecrit spa {D}/models/aligned --mask {D}/masks/aligned_top_10.safetensors --data {D}/data/task.jsonl \\",
         "  --steps 50 --lr 1e-4 --batch-size 16 -o my-adapted",
+    ),
+    "merge": (
+        f"safecrit merge {D}/models/aligned my-adapter --mask {D}/masks/aligned_top_10.safetensors -o my-merged",
     ),
     "apply": (f"safecrit apply {D}/models/base my-safer/safecrit/delta.safetensors -o my-copy",),
     "eval": (
@@ -93,6 +97,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "combine": combine,
     "set": set_,
     "spa": spa,
+    "merge": merge,
     "apply": apply,
     "eval": evaluate,
     "verify": verify,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from safecrit.cli import options as o
 from safecrit.cli.sink import Sink
+
+if TYPE_CHECKING:
+    from safecrit.lora import LoraSettings
 
 Data = Annotated[str, typer.Option("--data", metavar="FILE", help="Training examples: JSONL, JSON, CSV or a Hub id.")]
 Retain = Annotated[
@@ -91,6 +94,18 @@ def spa(
     max_grad_norm: Norm = 1.0,
     max_length: Length = 2048,
     optim: Annotated[str, typer.Option("--optim", help="Any optimizer that TrainingArguments knows.")] = "adamw_torch",
+    use_peft: Annotated[
+        bool, typer.Option("--use-peft", help="Train a LoRA adapter, and merge it all but the masked weights.")
+    ] = False,
+    lora_r: Annotated[int | None, typer.Option("--lora-r", min=1, help="Rank. [default: 16]")] = None,
+    lora_alpha: Annotated[int | None, typer.Option("--lora-alpha", min=1, help="Scale x rank. [default: 32]")] = None,
+    lora_dropout: Annotated[
+        float | None, typer.Option("--lora-dropout", min=0, max=0.99, help="Adapter's dropout. [default: 0]")
+    ] = None,
+    lora_target_modules: Annotated[
+        str | None,
+        typer.Option("--lora-target-modules", metavar="NAMES", help="q_proj,v_proj, ... [default: all-linear]"),
+    ] = None,
     gradient_checkpointing: Checkpointing = False,
     save_steps: SaveSteps = 0,
     report_to: ReportTo = "none",
@@ -124,13 +139,15 @@ def _run(
     from safecrit.outputs import default_output, open_output
     from safecrit.trainloop import TrainSettings
 
+    lora = _lora(settings)
     names = {field.name for field in fields(TrainSettings)}
     training = TrainSettings(**{key: value for key, value in settings.items() if key in names})
-    own = {field.name for field in fields(TrainJob)} - {"mode", "settings", "mask"}
+    own = {field.name for field in fields(TrainJob)} - {"mode", "settings", "mask", "lora"}
     job = TrainJob(
         mode=mode,
         settings=training,
         mask=Path(settings["mask"]),
+        lora=lora,
         **{key: value for key, value in settings.items() if key in own},
     )
     mask = check_inputs(job)
@@ -138,7 +155,7 @@ def _run(
     folder = open_output(path, mode, settings, overwrite=overwrite, inside="safecrit")
     if folder.resumed:
         sink.note(f"resuming the interrupted run in {folder.path}")
-    sink.line(headline(mask, mode))
+    sink.line(headline(mask, mode) if lora is None else f"Training a LoRA adapter of rank {lora.r}, base frozen")
     outcome = run_training(job, folder.path, sink.progress)
     result, report = outcome.result, outcome.verified
     if outcome.skipped:
@@ -150,6 +167,8 @@ def _run(
         f"{result.tokens_per_second:,.0f} tokens/s; "
         f"{result.changed:,} weights changed, by {result.mean_sigma:.3g} sigma in the mean."
     )
+    if result.headline:
+        sink.line(f"{result.headline}.")
     sink.result(
         {
             "output": str(folder.path),
@@ -163,3 +182,27 @@ def _run(
     folder.finish()
     sink.line(report.message())
     sink.line(f"Output: {folder.path}")
+
+
+def _lora(settings: dict[str, Any]) -> LoraSettings | None:
+    """The adapter that `--use-peft` and the `--lora-` flags describe; an error where the flags stand alone."""
+    from safecrit.errors import SafecritError
+    from safecrit.lora import LoraSettings
+
+    given = {
+        name: settings[f"lora_{name}"]
+        for name in ("r", "alpha", "dropout", "target_modules")
+        if settings.get(f"lora_{name}") is not None
+    }
+    if not settings.get("use_peft"):
+        if given:
+            raise SafecritError(f"--lora-{next(iter(given)).replace('_', '-')}: does nothing without --use-peft.")
+        return None
+    defaults = LoraSettings()
+    targets = given.get("target_modules")
+    return LoraSettings(
+        r=given.get("r", defaults.r),
+        lora_alpha=given.get("alpha", defaults.lora_alpha),
+        lora_dropout=given.get("dropout", defaults.lora_dropout),
+        target_modules=tuple(name.strip() for name in targets.split(",")) if targets else defaults.target_modules,
+    )

@@ -12,10 +12,13 @@ from tests.cli.conftest import Cli, World
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-@pytest.mark.parametrize(("name", "mode"), [("protect_trainer", "spa"), ("set_loop", "set")])
+@pytest.mark.parametrize(("name", "mode"), [("protect_trainer", "spa"), ("set_loop", "set"), ("trl_sft", "spa")])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # TRL's own default
 def test_examples_keep_their_promise(
     cli: Cli, world: World, mask_file: Path, tmp_path: Path, name: str, mode: str
 ) -> None:
+    if name == "trl_sft":
+        pytest.importorskip("trl", reason="TRL is not installed: pip install 'safecrit[trl]'")
     main = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
     main(str(world.model), str(mask_file), str(world.refusals), str(tmp_path / "out"))
     ran = cli("verify", tmp_path / "out", "--base", world.model, "--mask", mask_file, "--mode", mode, "--json")

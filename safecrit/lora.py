@@ -1,0 +1,106 @@
+"""Training a LoRA adapter with PEFT, for SPA: the base stands still, and the mask takes effect when it is merged.
+
+Merging is `safecrit.adapter`'s. The adapter is saved as PEFT saves it, so that it can be
+merged again, under another mask or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from safecrit.adapter import Merged, adapter_headline, peft_module
+from safecrit.errors import SafecritError
+from safecrit.mixture import Mixture
+from safecrit.models import LoadedModel
+from safecrit.traindata import TrainExample
+from safecrit.training import TrainResult, training_data, training_warnings
+from safecrit.trainloop import Progress, TrainRecord, TrainSettings, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The adapter; names and meanings are PEFT's. `target_modules`: names, or `("all-linear",)`."""
+
+    r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedAdapter:
+    """A trained adapter, saved in `folder`; `trained` counts its weights."""
+
+    folder: Path
+    trained: int
+    settings: TrainSettings
+    record: TrainRecord
+    data: Mixture
+
+
+def train_adapter(
+    loaded: LoadedModel,
+    examples: Sequence[TrainExample],
+    retain_examples: Sequence[TrainExample] | None,
+    retain_share: float,
+    settings: TrainSettings,
+    lora: LoraSettings,
+    folder: Path,
+    progress: Progress | None = None,
+    *,
+    checkpoints: Path | None = None,
+) -> TrainedAdapter:
+    """Train an adapter on `loaded.model`, whose layers PEFT wraps in place, and save it to `folder`.
+
+    The data and checkpoints are `run_spa`'s. Raises SafecritError where PEFT refuses the settings.
+    """
+    peft = peft_module()
+    data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
+    if loaded.model.device.type == "cpu":
+        loaded.model.float()
+    targets = lora.target_modules
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            config = peft.LoraConfig(
+                task_type="CAUSAL_LM",
+                r=lora.r,
+                lora_alpha=lora.lora_alpha,
+                lora_dropout=lora.lora_dropout,
+                target_modules=targets[0] if targets == ("all-linear",) else list(targets),
+            )
+            model = peft.get_peft_model(loaded.model, config)
+    except ValueError as error:
+        raise SafecritError(f"LoRA settings: {str(error).splitlines()[0][:200]}") from error
+    record = train(replace(loaded, model=model), data, settings, progress, checkpoints)
+    model.save_pretrained(folder)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return TrainedAdapter(folder=folder, trained=trained, settings=settings, record=record, data=data)
+
+
+def merged_result(adapter: TrainedAdapter, merged: Merged, total: int) -> TrainResult:
+    """The run as SPA reports it; `total`: weights of the base."""
+    record = adapter.record
+    return TrainResult(
+        mode="spa",
+        settings=adapter.settings,
+        trained=adapter.trained,
+        total=total,
+        losses=record.losses,
+        grad_norms=record.grad_norms,
+        tokens=record.tokens,
+        seconds=record.seconds,
+        peak_memory=record.peak_memory,
+        data=adapter.data,
+        parents=merged.parents,
+        moved=merged.moved,
+        changed=merged.changed,
+        mean_sigma=merged.mean_sigma,
+        warnings=[*merged.warnings, *training_warnings(adapter.data)],
+        adapter=merged.adapter | {"trained": adapter.trained, "held": merged.held},
+        headline=adapter_headline(merged.adapter, merged.held),
+    )
