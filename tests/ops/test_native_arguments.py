@@ -105,7 +105,12 @@ def test_good_arguments_are_taken(name):
     getattr(MODULE, name)(**GOOD[name])
 
 
-@pytest.mark.parametrize(("name", "change"), cases(), ids=str)
+CASES = sorted(cases(), key=lambda case: (case[0], *case[1]))  # values hold addresses, which are no names for tests
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), CASES, ids=[f"{name}-{'-'.join(change)}-{n}" for n, (name, change) in enumerate(CASES)]
+)
 def test_bad_arguments_raise_and_change_nothing(name, change):
     before = [tensor.clone() for tensor in [*FLOATS, INDICES, BITS]]
     with pytest.raises(ValueError):
