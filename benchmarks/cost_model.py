@@ -1,15 +1,16 @@
 """Time and memory of each op as a function of N (entries) and k (of them selected): fitted, and what that foretells.
 
-    seconds = fixed + (n N + k_ k) / copy        n, k_: bytes that a plain copy moves in the same time
+    seconds = fixed + (a N + b k + c lines) / copy       a, b, c: bytes that a plain copy moves in the same time
 
-Fitted by non-negative least squares on the relative errors, over sizes that no cache holds, three shares each where
-k counts. The largest size is left out of the fit and foretold. The copy is measured in the same run.
+`lines` are the 64-byte lines of a float32 weight that hold one of the k entries. Fitted by non-negative least squares
+on the relative errors, over sizes that no cache holds, two shares each where k counts. A larger size is left out of
+the fit and foretold. The copy is timed anew before and after every point, as what a shared machine gives changes within minutes.
+`safecrit.costs` holds the result.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,16 +18,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from bandwidth import bandwidth
 from scipy.optimize import nnls
 from select_top import AnonymousPeak
-from timing import measure, report, write
+from timing import Row, measure, report, write
 
 from safecrit import ops
+from safecrit.costs import LINE, counts
 
-SIZES = tuple(1 << power for power in (23, 24, 25, 26, 27))
-HELD_OUT = 1 << 28
-SHARES = (0.001, 0.01, 0.1)
+SIZES = (3 << 24, 1 << 26, 3 << 25, 1 << 27, 3 << 26, 1 << 28)
+HELD_OUT = 1 << 29
+SHARES = (0.01, 0.1)
+CACHED = 64 << 20  # points that touch fewer bytes are left out
+COPIED = 1 << 26
 ADAMW: dict[str, Any] = {"step": 9, "lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 MODELS = {"8 B": 8e9, "70 B": 70e9, "1 T": 1e12}
 
@@ -74,61 +77,142 @@ def masked(numel: int, _: int) -> Callable[[], object]:
     return lambda: ops.masked_adamw_(weight, grad, state[0], state[1], bits, **ADAMW)
 
 
+@dataclass(frozen=True)
+class Point:
+    """One measurement: entries, selected ones, seconds, and what a copy beside it moved in a second."""
+
+    numel: int
+    k: int
+    seconds: float
+    copy: float
+
+
 @dataclass
 class Op:
-    """An op: what makes a call of it; bytes an entry and a selected entry that it must move; whether k counts."""
+    """An op: what makes a call of it, and the bytes that it must move for each of `costs.counts`."""
 
     make: Callable[[int, int], Callable[[], object]]
-    n_bytes: float
-    k_bytes: float = 0.0
-    points: list[tuple[int, int, float]] = field(default_factory=list)
+    formula: dict[str, float]
+    points: list[Point] = field(default_factory=list)
     fixed_s: float = 0.0
-    n_equivalent: float = 0.0
-    k_equivalent: float = 0.0
+    fitted: dict[str, float] = field(default_factory=dict)
 
-    def fit(self, copy: float) -> None:
-        """The constants from `points`, with `copy` in bytes a second."""
-        points = [point for point in self.points if point[0] != HELD_OUT]
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of the entries, selected."""
+        return SHARES if self.formula.keys() - {"N"} else (0.0,)
+
+    def moved(self, numel: float, k: float) -> float:
+        """Bytes, by the formula."""
+        found = counts(numel, k)
+        return sum(size * found[name] for name, size in self.formula.items())
+
+    def fit(self) -> None:
+        """The constants from `points`."""
+        points = [point for point in self.points if point.numel != HELD_OUT]
         rows = [
-            [1 / seconds, n / copy / seconds, k / copy / seconds if self.k_bytes else 0] for n, k, seconds in points
+            [1 / p.seconds, *(counts(p.numel, p.k)[name] / p.copy / p.seconds for name in self.formula)] for p in points
         ]
-        (self.fixed_s, self.n_equivalent, self.k_equivalent), _ = nnls(rows, [1.0] * len(rows))
+        (self.fixed_s, *sizes), _ = nnls(rows, [1.0] * len(rows))
+        self.fitted = dict(zip(self.formula, map(float, sizes), strict=True))
 
     def seconds(self, numel: float, k: float, copy: float) -> float:
         """What the fit says."""
-        return self.fixed_s + (self.n_equivalent * numel + self.k_equivalent * k) / copy
+        found = counts(numel, k)
+        return self.fixed_s + sum(size * found[name] for name, size in self.fitted.items()) / copy
+
+    def worst(self, *, held_out: bool) -> float:
+        """The largest error of the fit, relative to what was measured."""
+        points = [point for point in self.points if (point.numel == HELD_OUT) == held_out]
+        return max(abs(self.seconds(p.numel, p.k, p.copy) / p.seconds - 1) for p in points)
 
 
 OPS = {
-    "esi_accumulate_": Op(esi, 10),
-    "matrix_std": Op(std, 4),
-    "select_top": Op(top, 4, 8),
-    "select_random": Op(random, 0, 8),
-    "sparse_adamw_": Op(sparse, 0, 40),
-    "masked_adamw_": Op(masked, 28 + 1 / 8),
+    "esi_accumulate_": Op(esi, {"N": 10}),
+    "matrix_std": Op(std, {"N": 4}),
+    "select_top": Op(top, {"N": 4, "k": 8}),
+    "select_random": Op(random, {"N": 0, "k": 8}),
+    "sparse_adamw_": Op(sparse, {"k": 36, "lines": 2 * LINE}),
+    "masked_adamw_": Op(masked, {"N": 28 + 1 / 8}),
 }
+
+
+def time_all() -> list[Row]:
+    """Every op at every size and share; returns the copies beside them."""
+    source, target = torch.randn(COPIED), torch.zeros(COPIED)
+    copies, rows = [], []
+    for name, op in OPS.items():
+        for numel in (*SIZES, HELD_OUT):
+            for share in op.shares:
+                k = int(share * numel)
+                moved = int(op.moved(numel, k))
+                if op.formula.get("N") != 0 and moved < CACHED:
+                    continue
+                call = op.make(numel, k)
+                before = measure("copy", 8 * COPIED, lambda: target.copy_(source), "cpu", 5)
+                rows.append(measure(f"{name} {numel / 1e6:.0f} M {share:g}", moved, call, "cpu", 7))
+                after = measure("copy", 8 * COPIED, lambda: target.copy_(source), "cpu", 5)
+                copies += [before, after]
+                copy = (before.gigabytes_per_second + after.gigabytes_per_second) / 2 * 1e9
+                op.points.append(Point(numel, k, rows[-1].milliseconds / 1e3, copy))
+                del call
+        op.fit()
+    copies.sort(key=lambda row: row.milliseconds)
+    report(rows, "cpu", copies[len(copies) // 2], "of median copy")
+    return copies
 
 
 def extra_memory(op: str, numel: int, k: int) -> int:
     """Bytes of anonymous memory that the first call in a process of its own takes, its result included."""
-    found = subprocess.run(
-        [sys.executable, __file__, "--memory", op, str(numel), str(k)], check=True, capture_output=True, text=True
-    )
-    return int(found.stdout)
+    command = [sys.executable, __file__, "--memory", op, str(numel), str(k)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def memory_fits(sizes: tuple[int, ...]) -> dict[str, dict[str, float]]:
-    """Bytes a call takes beside its arguments, as fixed + n N + k_ k; without those that take no MiB."""
-    fits = {}
-    for name, op in OPS.items():
-        points = [
-            (n, k, extra_memory(name, n, k)) for n in sizes for k in ((n // 1000, n // 100) if op.k_bytes else (0,))
-        ]
-        if max(size for _, _, size in points) < 1 << 20:
-            continue
-        (fixed, n_bytes, k_bytes), _ = nnls([[1 / s, n / s, k / s] for n, k, s in points], [1.0] * len(points))
-        fits[name] = {"fixed_bytes": fixed, "n_bytes": n_bytes, "k_bytes": k_bytes}
-    return fits
+def memory_of_one(op: str, numel: int, k: int) -> int:
+    """The same in this process."""
+    OPS[op].make(1000, 10)()
+    call = OPS[op].make(numel, k)
+    with AnonymousPeak() as peak:
+        kept = call()
+    del kept
+    return int(peak.mib * (1 << 20))
+
+
+def memory_fit(op: str) -> dict[str, float]:
+    """Bytes a call takes beside its arguments, as fixed + b k; nothing for an op that never takes a MiB."""
+    points = [(n, k, extra_memory(op, n, k)) for n in SIZES[::2] for k in (n // 100, n // 10)]
+    if max(size for _, _, size in points) < 1 << 20:
+        return {}
+    found, _ = nnls([[1 / s, k / s] for _, k, s in points], [1.0] * len(points))
+    return dict(zip(("fixed", "k"), map(float, found), strict=True))
+
+
+def outcome(name: str, op: Op, copy: float) -> dict[str, Any]:
+    """The fit of one op and what it foretells for whole models at 1 %, with `copy` bytes a second; printed as well."""
+    predicted = {
+        label: {
+            "bytes": op.moved(n, n / 100),
+            "copies_of_the_weight": (op.seconds(n, n / 100, copy) - op.fixed_s) * copy / (8 * n),
+            "minutes": op.seconds(n, n / 100, copy) / 60,
+        }
+        for label, n in MODELS.items()
+    }
+    worst, held_out, memory = op.worst(held_out=False), op.worst(held_out=True), memory_fit(name)
+    print(f"{name}: {op.fixed_s * 1e3:.2f} ms + ", end="")
+    print(" + ".join(f"{size:.2f} {count}" for count, size in op.fitted.items()), end=" bytes; ")
+    print(f"off by {worst:.0%} at most, on the held-out size by {held_out:.0%}; memory ", end="")
+    print(" + ".join(f"{size:.3g} {count}" for count, size in memory.items()) or "none", end="; ")
+    print(", ".join(f"{label} {found['minutes']:.2f} min" for label, found in predicted.items()))
+    return {
+        "fixed_s": op.fixed_s,
+        "formula_bytes": op.formula,
+        "fitted_bytes": op.fitted,
+        "worst_error": worst,
+        "held_out_error": held_out,
+        "memory_bytes": memory,
+        "predicted": predicted,
+        "points": [asdict(point) for point in op.points],
+    }
 
 
 def main() -> None:
@@ -138,61 +222,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.memory:
-        name, numel, k = options.memory[0], int(options.memory[1]), int(options.memory[2])
-        OPS[name].make(1000, 10)()
-        call = OPS[name].make(numel, k)
-        with AnonymousPeak() as peak:
-            kept = call()
-        del kept
-        print(int(peak.mib * (1 << 20)))
+        print(memory_of_one(options.memory[0], int(options.memory[1]), int(options.memory[2])))
         return
-    rows = bandwidth("cpu", SIZES[-1])
-    copy = rows[0].gigabytes_per_second * 1e9
-    for name, op in OPS.items():
-        for numel in (*SIZES, HELD_OUT):
-            for share in SHARES if op.k_bytes else (0.0,):
-                k = int(share * numel)
-                moved = int(op.n_bytes * numel + op.k_bytes * k)
-                call = op.make(numel, k)
-                rows.append(measure(f"{name} 2^{numel.bit_length() - 1} {share:g}", moved, call, "cpu", 9))
-                op.points.append((numel, k, rows[-1].milliseconds / 1e3))
-        op.fit(copy)
-    report(rows, "cpu", rows[0])
-    found: dict[str, Any] = {}
-    for name, op in OPS.items():
-        errors = {
-            held: [op.seconds(n, k, copy) / s - 1 for n, k, s in op.points if (n == HELD_OUT) == held]
-            for held in (False, True)
-        }
-        worst, foretold = (max(map(abs, errors[held])) for held in (False, True))
-        found[name] = {
-            "fixed_s": op.fixed_s,
-            "n_bytes": op.n_bytes,
-            "k_bytes": op.k_bytes,
-            "n_equivalent": op.n_equivalent,
-            "k_equivalent": op.k_equivalent,
-            "worst_error_in_fit": worst,
-            "worst_error_held_out": foretold,
-            "predicted": {
-                label: {
-                    "bytes": op.n_bytes * n + op.k_bytes * n / 100,
-                    "copies_of_the_weight": (op.n_equivalent * n + op.k_equivalent * n / 100) / (8 * n),
-                    "minutes": op.seconds(n, n / 100, copy) / 60,
-                }
-                for label, n in MODELS.items()
-            },
-        }
-        print(
-            f"{name:18} {op.fixed_s * 1e3:.3f} ms + ({op.n_equivalent:.2f} N + {op.k_equivalent:.1f} k) bytes / copy;  "
-            f"{op.n_bytes:g} N + {op.k_bytes:g} k moved;  "
-            f"off by {worst:.0%} at most, on the held-out size by {foretold:.0%};  "
-            + ", ".join(f"{label} {found[name]['predicted'][label]['minutes']:.2f} min" for label in MODELS)
-        )
-    memory = memory_fits(SIZES[1:])
-    print(json.dumps(memory, indent=2))
+    copies = [row.gigabytes_per_second * 1e9 for row in time_all()]
+    copy = copies[len(copies) // 2]
+    print(
+        f"copy: {min(copies) / 1e9:.1f} to {max(copies) / 1e9:.1f} GB/s; foretold with {copy / 1e9:.1f}, 1 % selected"
+    )
+    found = {name: outcome(name, op, copy) for name, op in OPS.items()}
     if options.save:
-        rates = {"copy_bytes_per_second": copy, "sizes": SIZES, "held_out": HELD_OUT, "shares": SHARES}
-        print(write("cost-model", "cpu", **rates, ops=found, memory=memory, rows=[asdict(row) for row in rows]))
+        print(write("cost-model", "cpu", copy_bytes_per_second=copy, held_out=HELD_OUT, ops=found))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "pages.h"
 #include "select_scan.h"
 
 namespace safecrit {
@@ -236,6 +237,7 @@ SelectTopResult select_top_cpu(const SelectTopArgs& args, const SelectTuning& tu
         scan.pass({kInfinity, kInfinity, true}, total, 0);
         return {true, 0, 0, 0, scan.invalid, 1};
     }
+    prefer_huge_pages(args.out, static_cast<size_t>(args.k) * sizeof(int64_t));
 
     const int64_t most_inside = std::max(args.k, kStored);
     int passes = 0;

@@ -17,7 +17,7 @@ CEILING = 400
 # Lower rows know nothing of higher ones. Modules in one set may know each other; sets of one row may not.
 ROWS: list[list[set[str]]] = [
     [{"errors"}],
-    [{"machine"}, {"strided"}, {"files"}, {"progress"}, {"statistics"}],
+    [{"machine"}, {"costs"}, {"strided"}, {"files"}, {"progress"}, {"statistics"}],
     [{"layout"}, {"tensorfile"}, {"outputs"}, {"ops"}],
     [{"components", "checkpoint_map", "anatomy"}, {"fingerprint"}, {"maskfile", "maskformat"}, {"scorefile"}],
     [{"models"}, {"prompts"}, {"chatserver"}, {"chat"}, {"bridge", "vocabulary"}],
