@@ -4,7 +4,8 @@
 
 `lines` are the 64-byte lines of a float32 weight that hold one of the k entries. Fitted by non-negative least squares
 on the relative errors, over sizes that no cache holds, two shares each where k counts. A larger size is left out of
-the fit and foretold. A copy is timed before and after every point, as what a shared machine gives changes within minutes. `safecrit.costs` holds the result.
+the fit and foretold. A copy is timed before and after every point, as what a shared machine gives changes within
+minutes. `safecrit.costs` holds the result.
 """
 
 from __future__ import annotations
