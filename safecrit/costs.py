@@ -10,12 +10,12 @@ LINE = 64  # bytes that a CPU fetches and writes back at once
 
 # op -> bytes of a copy for each entry (N), each selected entry (k), each line of the weight that holds one (lines)
 FITTED: dict[str, dict[str, float]] = {
-    "esi_accumulate_": {"N": 5.761},
-    "masked_adamw_": {"N": 18.13},
-    "matrix_std": {"N": 3.663},
-    "select_random": {"N": 15.16, "k": 60.03},
-    "select_top": {"N": 2.034, "k": 168.7},
-    "sparse_adamw_": {"k": 38.57, "lines": 102.6},
+    "esi_accumulate_": {"N": 4.498},
+    "masked_adamw_": {"N": 15.04},
+    "matrix_std": {"N": 3.606},
+    "select_random": {"N": 23.4, "k": 54.17},
+    "select_top": {"N": 5.166, "k": 141.5},
+    "sparse_adamw_": {"lines": 157.7},
 }
 
 
