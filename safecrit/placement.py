@@ -60,6 +60,16 @@ def unwrap(model: Any) -> Any:
         model = inner
 
 
+def refuse_adapters(model: Any) -> None:
+    """SafecritError where `model` trains PEFT adapters, which a mask of base weights does not reach."""
+    if getattr(model, "peft_config", None):
+        raise SafecritError(
+            "this model trains PEFT adapters, and a mask selects base weights: it would do nothing there, since those "
+            "stay as they are until the adapter is merged. Train without the mask, save the adapter, and merge it with "
+            "`safecrit merge MODEL ADAPTER --mask MASK -o OUT` (in Python: safecrit.merge)."
+        )
+
+
 def check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
     """SafecritError where the entries of `parameter` cannot be reached by flat position."""
     if type(parameter.data).__name__ == "DTensor":

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from safecrit.anatomy import read_anatomy
 from safecrit.errors import MismatchError, SafecritError
-from safecrit.placement import check_parameter, place, runtime_indices, unwrap
+from safecrit.placement import check_parameter, place, refuse_adapters, runtime_indices, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +57,7 @@ class SparseAdamW(torch.optim.Optimizer):
     ) -> None:
         """Find the selected weights; no gradient is touched before the first forward."""
         self._model = unwrap(model)
+        refuse_adapters(self._model)
         self._mask = mask
         self._anatomy = read_anatomy(self._model)
         mask.check(self._anatomy)

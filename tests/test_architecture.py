@@ -17,7 +17,7 @@ CEILING = 400
 # Lower rows know nothing of higher ones. Modules in one set may know each other; sets of one row may not.
 ROWS: list[list[set[str]]] = [
     [{"errors"}],
-    [{"machine"}, {"strided"}, {"files"}, {"progress"}, {"statistics"}],
+    [{"machine"}, {"strided"}, {"files"}, {"hub"}, {"progress"}, {"statistics"}],
     [{"layout"}, {"tensorfile"}, {"outputs"}, {"ops"}],
     [{"components", "checkpoint_map", "anatomy"}, {"fingerprint"}, {"maskfile", "maskformat"}, {"scorefile"}],
     [{"models"}, {"prompts"}, {"chat"}, {"bridge", "vocabulary"}],
@@ -27,7 +27,10 @@ ROWS: list[list[set[str]]] = [
         {"generation"},
         {"relaxation", "gradients", "estimators", "scoring", "activations", "turns", "weightscores"},
         {"selection"},
-        {"sparse", "protect", "mixture", "movement", "modelcard", "trainloop", "training", "training_output"},
+        {
+            *("sparse", "protection", "lora", "mixture", "movement", "modelcard"),
+            *("trainloop", "training", "training_output"),
+        },
         {"answers", "results", "evaluation"},
         {"tables", "figures"},
         {"doctor"},

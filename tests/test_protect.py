@@ -12,7 +12,7 @@ from transformers.optimization import Adafactor
 
 from safecrit.errors import MismatchError, SafecritError
 from safecrit.maskfile import Mask
-from safecrit.protect import ProtectCallback, protect
+from safecrit.protection import ProtectCallback, protect
 from tests.architectures import build
 from tests.training_helpers import backward, batch, random_mask, selected
 
@@ -135,3 +135,10 @@ def test_callback_holds_the_weights_in_trainer(optim: str, tmp_path: Path) -> No
     for n, p in model.named_parameters():
         assert torch.equal(p.detach()[where[n]], before[n][where[n]]), n
         assert (p.detach() != before[n])[~where[n]].any(), n
+
+
+def test_the_function_is_no_module() -> None:
+    import safecrit
+
+    assert safecrit.ProtectCallback is ProtectCallback
+    assert safecrit.protect is protect

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from safecrit.delta import Delta, apply_delta
 from safecrit.files import checkpoint_tensors
 from safecrit.fingerprint import accepted_fingerprints
+from safecrit.lora import LoraSettings
 from safecrit.maskfile import Mask
 from safecrit.models import load_model, resolve_folder
 from safecrit.progress import Reporter, quiet_reporter
@@ -19,12 +21,15 @@ from safecrit.training_output import write_set_output, write_spa_output
 from safecrit.trainloop import TrainSettings
 from safecrit.verification import VerifyReport, verify
 
-__all__ = ["TrainJob", "TrainOutcome", "check_inputs", "headline", "run_training"]
+__all__ = ["LoraSettings", "TrainJob", "TrainOutcome", "check_inputs", "headline", "run_training"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """All that `set` and `spa` need to know. `save`: for set, what is written: model, delta or both."""
+    """All that `set` and `spa` need to know.
+
+    `save`: for set, what is written: model, delta or both. `lora`: for spa, train this adapter and merge it.
+    """
 
     mode: Literal["set", "spa"]
     model: str
@@ -40,6 +45,7 @@ class TrainJob:
     trust_remote_code: bool = False
     allow_other_weights: bool = False
     settings: TrainSettings = TrainSettings()
+    lora: LoraSettings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +82,7 @@ def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter)
         dtype=job.dtype,
         trust_remote_code=job.trust_remote_code,
     )
-    run = run_set if job.mode == "set" else run_spa
+    run = run_set if job.mode == "set" else partial(run_spa, lora=job.lora, adapter=folder / "safecrit" / "adapter")
     with report("training", "steps") as progress:
         result = run(
             loaded,
@@ -91,17 +97,18 @@ def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter)
         )
     if job.mode == "spa":
         write_spa_output(loaded, mask, folder, result, overwrite=True)
-        verified = verify(folder, loaded.folder, mask, "spa")
+        verified = verify_output(folder, loaded.folder, mask, "spa", "model")
     else:
         write_set_output(loaded, mask, folder, result, job.save, overwrite=True)
-        verified = _verify_set(job, folder, loaded.folder, mask)
+        verified = verify_output(folder, loaded.folder, mask, "set", job.save)
     return TrainOutcome(result=result, verified=verified, skipped=data.empty)
 
 
-def _verify_set(job: TrainJob, folder: Path, base: Path, mask: Mask) -> VerifyReport:
-    if job.save != "delta":
-        return verify(folder, base, mask, "set")
+def verify_output(folder: Path, base: Path, mask: Mask, mode: str, save: str) -> VerifyReport:
+    """`verify` of the model in `folder`, or of what its delta makes of the base where `save` is `delta`."""
+    if save != "delta":
+        return verify(folder, base, mask, mode)
     with tempfile.TemporaryDirectory(prefix="safecrit-") as work:
         model = Path(work) / "model"
         apply_delta(base, Delta.load(folder / "safecrit" / "delta.safetensors"), model)
-        return verify(model, base, mask, "set")
+        return verify(model, base, mask, mode)

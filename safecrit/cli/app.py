@@ -14,6 +14,7 @@ from safecrit.cli.doctor import doctor
 from safecrit.cli.evaluate import evaluate
 from safecrit.cli.inspect import inspect
 from safecrit.cli.mask import mask
+from safecrit.cli.merge import merge
 from safecrit.cli.score import score
 from safecrit.cli.train import set_, spa
 from safecrit.cli.verify import verify
@@ -42,6 +43,12 @@ EXAMPLES = {
     "spa": (
         f"safecrit spa {D}/models/aligned --mask {D}/masks/aligned_top_10.safetensors --data {D}/data/task.jsonl \\",
         "  --steps 50 --lr 1e-4 --batch-size 16 -o my-adapted",
+        f"safecrit spa {D}/models/aligned --mask {D}/masks/aligned_top_10.safetensors --data {D}/data/task.jsonl \\",
+        "  --use-peft --lora-r 8 --steps 50 --lr 1e-3 --batch-size 16 -o my-lora",
+    ),
+    "merge": (
+        f"safecrit merge {D}/models/aligned my-lora/safecrit/adapter --mask {D}/masks/aligned_top_10.safetensors \\",
+        "  -o my-merged",
     ),
     "apply": (f"safecrit apply {D}/models/base my-safer/safecrit/delta.safetensors -o my-copy",),
     "eval": (
@@ -77,6 +84,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "set": set_,
     "spa": spa,
+    "merge": merge,
     "apply": apply,
     "eval": evaluate,
     "verify": verify,

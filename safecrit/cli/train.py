@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from safecrit.cli import options as o
 from safecrit.cli.sink import Sink
+
+if TYPE_CHECKING:
+    from safecrit.api.train import LoraSettings
 
 Data = Annotated[str, typer.Option("--data", metavar="FILE", help="Training examples: JSONL, JSON, CSV or a Hub id.")]
 Retain = Annotated[
@@ -52,6 +55,8 @@ def set_(
     gradient_checkpointing: Checkpointing = False,
     save_steps: SaveSteps = 0,
     report_to: ReportTo = "none",
+    push_to_hub: o.PushToHub = None,
+    public: o.Public = False,
     seed: o.Seed = 0,
     revision: o.Revision = None,
     device: o.Device = "auto",
@@ -69,7 +74,7 @@ def set_(
     Every other weight keeps its bits; the files written are verified at the end.
     The default learning rate is the paper's; it moves weights very little.
     """
-    _run("set", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet))
+    _run("set", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet), push_to_hub, public)
 
 
 def spa(
@@ -94,6 +99,26 @@ def spa(
     gradient_checkpointing: Checkpointing = False,
     save_steps: SaveSteps = 0,
     report_to: ReportTo = "none",
+    use_peft: Annotated[
+        bool, typer.Option("--use-peft", help="Train a LoRA adapter; merge it under the mask.")
+    ] = False,
+    lora_r: Annotated[int, typer.Option("--lora-r", min=1, help="Rank of the adapter.")] = 16,
+    lora_alpha: Annotated[int, typer.Option("--lora-alpha", min=1, help="Its scale is alpha / rank.")] = 32,
+    lora_dropout: Annotated[
+        float, typer.Option("--lora-dropout", min=0, max=0.99, help="Dropout of its input.")
+    ] = 0.05,
+    lora_target_modules: Annotated[
+        list[str] | None,
+        typer.Option("--lora-target-modules", help="Modules to adapt; repeatable. [default: all linear layers]"),
+    ] = None,
+    lora_target_parameters: Annotated[
+        list[str] | None,
+        typer.Option("--lora-target-parameters", help="Weights outside linear layers, such as experts; repeatable."),
+    ] = None,
+    use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = False,
+    use_dora: Annotated[bool, typer.Option("--use-dora", help="Weight-decomposed LoRA (DoRA).")] = False,
+    push_to_hub: o.PushToHub = None,
+    public: o.Public = False,
     seed: o.Seed = 0,
     revision: o.Revision = None,
     device: o.Device = "auto",
@@ -108,29 +133,38 @@ def spa(
 ) -> None:
     """Safety-preserving adaptation (SPA): fine-tune on a task with the masked weights frozen, bit for bit.
 
+    With --use-peft the base stays as it is while a LoRA adapter trains, and the merge leaves the masked weights out.
     The files written are verified at the end. Freezing slows the loss of safety
     down; it does not stop somebody who fine-tunes in order to break it.
     """
-    _run("spa", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet))
+    _run("spa", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet), push_to_hub, public)
 
 
 def _run(
-    mode: Literal["set", "spa"], settings: dict[str, Any], output: Path | None, overwrite: bool, sink: Sink
+    mode: Literal["set", "spa"],
+    settings: dict[str, Any],
+    output: Path | None,
+    overwrite: bool,
+    sink: Sink,
+    push_to_hub: str | None,
+    public: bool,
 ) -> None:
     from dataclasses import fields
 
-    from safecrit.api.train import TrainJob, check_inputs, headline, run_training
+    from safecrit.api.train import LoraSettings, TrainJob, check_inputs, headline, run_training
     from safecrit.errors import CheckFailed
+    from safecrit.hub import push
     from safecrit.outputs import default_output, open_output
     from safecrit.trainloop import TrainSettings
 
     names = {field.name for field in fields(TrainSettings)}
     training = TrainSettings(**{key: value for key, value in settings.items() if key in names})
-    own = {field.name for field in fields(TrainJob)} - {"mode", "settings", "mask"}
+    own = {field.name for field in fields(TrainJob)} - {"mode", "settings", "mask", "lora"}
     job = TrainJob(
         mode=mode,
         settings=training,
         mask=Path(settings["mask"]),
+        lora=_lora(settings, LoraSettings) if settings.get("use_peft") else None,
         **{key: value for key, value in settings.items() if key in own},
     )
     mask = check_inputs(job)
@@ -138,7 +172,7 @@ def _run(
     folder = open_output(path, mode, settings, overwrite=overwrite, inside="safecrit")
     if folder.resumed:
         sink.note(f"resuming the interrupted run in {folder.path}")
-    sink.line(headline(mask, mode))
+    sink.line(headline(mask, mode, job.lora))
     outcome = run_training(job, folder.path, sink.progress)
     result, report = outcome.result, outcome.verified
     if outcome.skipped:
@@ -163,3 +197,14 @@ def _run(
     folder.finish()
     sink.line(report.message())
     sink.line(f"Output: {folder.path}")
+    if push_to_hub:
+        sink.line(f"Uploaded: {push(folder.path, push_to_hub, public=public)}")
+
+
+def _lora(settings: dict[str, Any], kind: type[LoraSettings]) -> LoraSettings:
+    """The settings of the adapter; lists that were not given keep their defaults."""
+    given = {name: settings[name] for name in ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
+    for name in ("lora_target_modules", "lora_target_parameters"):
+        if settings[name]:
+            given[name] = tuple(settings[name])
+    return kind(**given)

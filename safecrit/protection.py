@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from safecrit.anatomy import read_anatomy
 from safecrit.errors import SafecritError
-from safecrit.placement import check_parameter, place, unwrap
+from safecrit.placement import check_parameter, place, refuse_adapters, unwrap
 
 if TYPE_CHECKING:
     from safecrit.maskfile import Mask
@@ -29,11 +29,7 @@ class Protection:
     def __init__(self, model: Any, mask: Mask, optimizer: torch.optim.Optimizer) -> None:
         """Save the selected weights and set the hooks; errors as in `protect`."""
         model = unwrap(model)
-        if getattr(model, "peft_config", None):
-            raise SafecritError(
-                "this model trains PEFT adapters, and a mask of the base weights would protect nothing there. "
-                "Fine-tune the base weights, or apply the mask when the adapter is merged."
-            )
+        refuse_adapters(model)
         anatomy = read_anatomy(model)
         mask.check(anatomy)
         placed = place(mask, anatomy)
