@@ -100,7 +100,7 @@ def test_bfloat16_follows_a_float32_master() -> None:
     optimizer.attach()
     reference = torch.optim.AdamW([weight], lr=1e-4, weight_decay=0.0)
     generator = torch.Generator().manual_seed(2)
-    for _ in range(20):
+    for _ in range(50):
         gradient = torch.randn(parameter.shape, generator=generator).to(torch.bfloat16)
         (parameter * gradient).sum().backward()
         weight.grad = gradient.reshape(-1)[at].float()
