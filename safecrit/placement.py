@@ -70,6 +70,17 @@ def refuse_adapters(model: Any) -> None:
         )
 
 
+def refuse_deepspeed(optimizer: Any) -> None:
+    """SafecritError where DeepSpeed owns the weights: it keeps copies of its own and writes them over the model's."""
+    while optimizer is not None:
+        if "deepspeed" in type(optimizer).__module__ or "deepspeed" in type(optimizer).__name__.lower():
+            raise SafecritError(
+                "DeepSpeed (ZeRO) keeps its own copies of the weights and would overwrite what a mask holds. "
+                "Train without it, on one process or with DistributedDataParallel."
+            )
+        optimizer = getattr(optimizer, "optimizer", None)
+
+
 def check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
     """SafecritError where the entries of `parameter` cannot be reached by flat position."""
     if type(parameter.data).__name__ == "DTensor":

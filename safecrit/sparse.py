@@ -94,6 +94,15 @@ class SparseAdamW(torch.optim.Optimizer):
         """Set the gradient hooks on the parameters that the model has now; again, it does nothing."""
         if self._hooks:
             return
+        if (
+            torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+            and torch.distributed.get_world_size() > 1
+        ):
+            raise SafecritError(
+                f"SparseAdamW keeps each process's own gradients and does not add them up over {torch.distributed.get_world_size()} processes. "
+                "Train in one process."
+            )
         self._opening.remove()
         parameters = dict(self._model.named_parameters())
         group = self.param_groups[0]

@@ -147,3 +147,21 @@ def test_the_function_is_no_module() -> None:
 
     assert safecrit.ProtectCallback is ProtectCallback
     assert safecrit.protect is protect
+
+
+def test_what_moves_protected_weights_behind_our_back_is_found() -> None:
+    model = build("llama")
+    mask = random_mask(model, 0.3)
+    optimizer, other = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(model.parameters(), lr=0.1)
+    protection = protect(model, mask, optimizer)
+    backward(model, 0)
+    with pytest.raises(SafecritError, match="made no step"):
+        protection.check()
+    protection.check(stepped=False)
+    optimizer.step()
+    protection.check()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)  # not by backward: the hooks see nothing of it
+    other.step()
+    with pytest.raises(SafecritError, match="have moved"):
+        protection.check()
