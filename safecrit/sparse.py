@@ -94,13 +94,10 @@ class SparseAdamW(torch.optim.Optimizer):
         """Set the gradient hooks on the parameters that the model has now; again, it does nothing."""
         if self._hooks:
             return
-        if (
-            torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-            and torch.distributed.get_world_size() > 1
-        ):
+        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if spread and (processes := torch.distributed.get_world_size()) > 1:
             raise SafecritError(
-                f"SparseAdamW keeps each process's own gradients and does not add them up over {torch.distributed.get_world_size()} processes. "
+                f"SparseAdamW keeps each process's own gradients and does not add them up over {processes} processes. "
                 "Train in one process."
             )
         self._opening.remove()
