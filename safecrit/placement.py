@@ -37,18 +37,20 @@ def place(mask: Mask, anatomy: Anatomy) -> dict[str, torch.Tensor]:
     int32, or int64 from 2^31 entries on: at one weight in a hundred, positions are a
     fifth of SET's memory.
     """
-    parts: dict[str, list[torch.Tensor]] = {}
-    for name, tensor in anatomy.tensors.items():
-        flat = mask.indices.get(name)
-        if flat is not None and len(flat):
-            parts.setdefault(tensor.parameter, []).append(runtime_indices(tensor.source, flat))
     numel: dict[str, int] = {}
     for tensor in anatomy.tensors.values():
         numel[tensor.parameter] = numel.get(tensor.parameter, 0) + tensor.layout.numel
-    return {
-        name: torch.cat(found).sort().values.to(torch.int32 if numel[name] < 2**31 else torch.int64)
-        for name, found in parts.items()
-    }
+    placed = {}
+    for name, size in numel.items():  # one parameter after the other: beside the result no more than one's positions
+        parts = [
+            runtime_indices(tensor.source, mask.indices[tensor.name])
+            for tensor in anatomy.of_parameter(name)
+            if tensor.name in mask.indices
+        ]
+        if parts:
+            found = torch.cat(parts).sort().values if len(parts) > 1 else parts[0].sort().values
+            placed[name] = found.to(torch.int32 if size < 2**31 else torch.int64)
+    return placed
 
 
 def unwrap(model: Any) -> Any:

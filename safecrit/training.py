@@ -3,9 +3,10 @@
 SET trains the masked weights on prompt -> refusal pairs, retain data mixed in; SPA
 trains everything else on a task (docs/method.md, section 4). The defaults are the authors':
 AdamW (0.9, 0.999), cosine, warm-up 3 %, batch 1 x 4, no weight decay, length 2048.
-Weights are float32 while they are trained wherever a dense optimizer runs, and on the
-CPU in any case, since bfloat16 swallows most small updates; what is written has the
-checkpoint's dtypes. SPA by LoRA leaves the base in its own dtype and trains a float32 adapter.
+Where a dense optimizer runs, weights are float32 while they are trained, since bfloat16
+swallows most small updates; SET has a float32 master of what it trains, and LoRA a
+float32 adapter, and both leave the model in its own dtype (float16 alone becomes
+float32). What is written has the checkpoint's dtypes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from safecrit.anatomy import Anatomy, read_anatomy
 from safecrit.errors import SafecritError
@@ -107,7 +110,7 @@ def run_set(
     """
     settings = settings or TrainSettings()
     anatomy, parents = _check(loaded, mask, allow_other_weights)
-    if loaded.model.device.type == "cpu":
+    if loaded.model.dtype == torch.float16:
         loaded.model.float()
     optimizer = SparseAdamW(
         loaded.model,
@@ -122,7 +125,7 @@ def run_set(
     stored = _stored(loaded, mask.indices)
     try:
         record = train(loaded, data, settings, progress, checkpoints, optimizer=optimizer)
-        changes = optimizer.changes({name: DTYPES[tensor.dtype] for name, tensor in stored.items()})
+        changes = optimizer.changes(mask, {name: DTYPES[tensor.dtype] for name, tensor in stored.items()})
     finally:
         optimizer.close()
     movement, maps = Movement(), MappedFiles()

@@ -21,7 +21,7 @@ ROWS: list[list[set[str]]] = [
     [{"layout"}, {"tensorfile"}, {"outputs"}, {"ops"}],
     [{"components", "checkpoint_map", "anatomy"}, {"fingerprint"}, {"maskfile", "maskformat"}, {"scorefile"}],
     [{"models"}, {"prompts"}, {"chat"}, {"bridge", "vocabulary"}],
-    [{"judges"}, {"traindata"}, {"placement"}, {"checkpoint"}, {"account", "metamodel"}],
+    [{"judges"}, {"traindata"}, {"placement"}, {"checkpoint"}, {"account", "metamodel", "trainaccount"}],
     [{"delta"}, {"verification"}],
     [
         {"generation"},

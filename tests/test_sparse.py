@@ -193,7 +193,7 @@ def test_changes_name_checkpoint_tensors() -> None:
     optimizer = SparseAdamW(model, mask, lr=1e-2)
     backward(model, 0)
     optimizer.step()
-    changes = optimizer.changes(dict.fromkeys(mask.indices, torch.bfloat16))
+    changes = optimizer.changes(mask, dict.fromkeys(mask.indices, torch.bfloat16))
     assert list(changes) == list(mask.indices)
     assert any("experts" in name for name in changes)
     parameters = dict(model.named_parameters())

@@ -61,20 +61,21 @@ def check_inputs(job: TrainJob) -> Mask:
     """Find the user's mistakes before an output folder is made; the mask, checked to be this model's."""
     folder = resolve_folder(job.model, revision=job.revision)
     mask = Mask.load(job.mask)
-    _examples(job)
+    read_data(job)
     shapes = {name: tensor.shape for name, tensor in checkpoint_tensors(folder).items()}
     mask.check(shapes, fingerprints=accepted_fingerprints(folder), allow_other_weights=job.allow_other_weights)
     return mask
 
 
-def _examples(job: TrainJob) -> tuple[TrainData, TrainData | None]:
+def read_data(job: TrainJob) -> tuple[TrainData, TrainData | None]:
+    """The training examples and the retain examples; SafecritError where a file is missing or broken."""
     return read_examples(job.data, job.limit), read_examples(job.retain) if job.retain else None
 
 
 def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter) -> TrainOutcome:
     """Train, write `folder`, and verify the files written against the base."""
     mask = Mask.load(job.mask)
-    data, retain = _examples(job)
+    data, retain = read_data(job)
     loaded = load_model(
         job.model,
         revision=job.revision,

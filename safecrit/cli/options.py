@@ -10,7 +10,18 @@ import typer
 if TYPE_CHECKING:
     from safecrit.chat import ChatSettings
 
-TRANSIENT = {"output", "overwrite", "config", "as_json", "quiet", "debug", "push_to_hub", "public"}
+TRANSIENT = {
+    "output",
+    "overwrite",
+    "config",
+    "as_json",
+    "quiet",
+    "debug",
+    "push_to_hub",
+    "public",
+    "dry_run",
+    "gpu_memory",
+}
 
 
 def _load_config(context: typer.Context, value: Path | None) -> Path | None:
@@ -97,6 +108,10 @@ TemplateKwargs = Annotated[
 ThinkEnd = Annotated[
     str | None,
     typer.Option("--think-end-token", metavar="TEXT", help="Ends a thought; what follows it is the answer judged."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would need, from config.json alone, and stop.")]
+GpuMemory = Annotated[
+    str | None, typer.Option("--gpu-memory", metavar="SIZE", help="With --dry-run: of a GPU, such as 24GiB.")
 ]
 PushToHub = Annotated[
     str | None, typer.Option("--push-to-hub", metavar="NAME", help="Upload the verified output to this Hub repository.")

@@ -55,6 +55,8 @@ def set_(
     gradient_checkpointing: Checkpointing = False,
     save_steps: SaveSteps = 0,
     report_to: ReportTo = "none",
+    dry_run: o.DryRun = False,
+    gpu_memory: o.GpuMemory = None,
     push_to_hub: o.PushToHub = None,
     public: o.Public = False,
     seed: o.Seed = 0,
@@ -74,7 +76,7 @@ def set_(
     Every other weight keeps its bits; the files written are verified at the end.
     The default learning rate is the paper's; it moves weights very little.
     """
-    _run("set", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet), push_to_hub, public)
+    _run("set", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet), context)
 
 
 def spa(
@@ -117,6 +119,8 @@ def spa(
     ] = None,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = False,
     use_dora: Annotated[bool, typer.Option("--use-dora", help="Weight-decomposed LoRA (DoRA).")] = False,
+    dry_run: o.DryRun = False,
+    gpu_memory: o.GpuMemory = None,
     push_to_hub: o.PushToHub = None,
     public: o.Public = False,
     seed: o.Seed = 0,
@@ -137,7 +141,7 @@ def spa(
     The files written are verified at the end. Freezing slows the loss of safety
     down; it does not stop somebody who fine-tunes in order to break it.
     """
-    _run("spa", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet), push_to_hub, public)
+    _run("spa", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet), context)
 
 
 def _run(
@@ -146,8 +150,7 @@ def _run(
     output: Path | None,
     overwrite: bool,
     sink: Sink,
-    push_to_hub: str | None,
-    public: bool,
+    context: typer.Context,
 ) -> None:
     from dataclasses import fields
 
@@ -167,8 +170,18 @@ def _run(
         lora=_lora(settings, LoraSettings) if settings.get("use_peft") else None,
         **{key: value for key, value in settings.items() if key in own},
     )
-    mask = check_inputs(job)
     path = output or default_output(mode, job.model)
+    if context.params["dry_run"]:
+        from dataclasses import asdict
+
+        from safecrit.api.traindryrun import dry_run, lines
+
+        found = dry_run(job, gpu_memory=context.params["gpu_memory"], output=path)
+        for line in lines(found):
+            sink.line(line)
+        sink.result(asdict(found))
+        return
+    mask = check_inputs(job)
     folder = open_output(path, mode, settings, overwrite=overwrite, inside="safecrit")
     if folder.resumed:
         sink.note(f"resuming the interrupted run in {folder.path}")
@@ -197,8 +210,9 @@ def _run(
     folder.finish()
     sink.line(report.message())
     sink.line(f"Output: {folder.path}")
-    if push_to_hub:
-        sink.line(f"Uploaded: {push(folder.path, push_to_hub, public=public)}")
+    if context.params["push_to_hub"]:
+        address = push(folder.path, context.params["push_to_hub"], public=context.params["public"])
+        sink.line(f"Uploaded: {address}")
 
 
 def _lora(settings: dict[str, Any], kind: type[LoraSettings]) -> LoraSettings:
