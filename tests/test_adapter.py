@@ -13,7 +13,7 @@ from safecrit.anatomy import read_anatomy
 from safecrit.checkpoint import rewrite
 from safecrit.errors import MismatchError, SafecritError
 from safecrit.models import LoadedModel, load_model
-from safecrit.protect import protect
+from safecrit.protection import protect
 from safecrit.sparse import SparseAdamW
 from safecrit.tensorfile import bits_of
 from safecrit.verification import verify

@@ -17,11 +17,11 @@ CEILING = 400
 # Lower rows know nothing of higher ones. Modules in one set may know each other; sets of one row may not.
 ROWS: list[list[set[str]]] = [
     [{"errors"}],
-    [{"machine"}, {"costs"}, {"strided"}, {"files"}, {"progress"}, {"statistics"}],
+    [{"machine"}, {"costs"}, {"strided"}, {"files"}, {"hub"}, {"progress"}, {"statistics"}],
     [{"layout"}, {"tensorfile"}, {"outputs"}, {"ops"}],
     [{"components", "checkpoint_map", "anatomy"}, {"fingerprint"}, {"maskfile", "maskformat"}, {"scorefile"}],
     [{"models"}, {"prompts"}, {"chatserver"}, {"chat"}, {"bridge", "vocabulary"}],
-    [{"judges"}, {"traindata"}, {"placement"}, {"checkpoint"}, {"account", "metamodel"}],
+    [{"judges"}, {"traindata"}, {"placement"}, {"checkpoint"}, {"account", "metamodel", "trainaccount"}],
     [{"delta"}, {"verification"}],
     [
         {"generation"},
@@ -32,7 +32,7 @@ ROWS: list[list[set[str]]] = [
         {"harness"},
         {
             "sparse",
-            "protect",
+            "protection",
             "mixture",
             "movement",
             "modelcard",

@@ -324,6 +324,16 @@ def test_bf16_autocast_trains_float32_weights(tmp_path: Path) -> None:
     assert all(p.dtype == torch.float32 for p in loaded.model.parameters())
 
 
+def test_set_leaves_bfloat16_alone_and_trains_float16_in_float32(tmp_path: Path) -> None:
+    for dtype, kept in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+        loaded = folder_model("llama", tmp_path / str(dtype), dtype=dtype)
+        mask = fitting_mask(loaded, 0.05)
+        result = run_set(loaded, mask, REFUSALS, settings=quick())
+        assert loaded.model.dtype == kept
+        write_set_output(loaded, mask, tmp_path / f"{dtype}-out", result)
+        assert verify(tmp_path / f"{dtype}-out", tmp_path / str(dtype), mask, "set").ok
+
+
 def test_settings_that_trainer_refuses_are_our_error(tmp_path: Path) -> None:
     loaded = folder_model("llama", tmp_path / "base")
     for changes in ({"lr_scheduler_type": "wavy"}, {"optim": "nosuch"}):

@@ -21,7 +21,7 @@ from safecrit.training_output import write_set_output, write_spa_output
 from safecrit.trainloop import TrainSettings
 from safecrit.verification import VerifyReport, verify
 
-__all__ = ["TrainJob", "TrainOutcome", "check_inputs", "headline", "run_training"]
+__all__ = ["LoraSettings", "TrainJob", "TrainOutcome", "check_inputs", "headline", "run_training"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +63,14 @@ def check_inputs(job: TrainJob) -> Mask:
     mask = Mask.load(job.mask)
     if job.lora is not None:
         peft_module()
-    _examples(job)
+    read_data(job)
     shapes = {name: tensor.shape for name, tensor in checkpoint_tensors(folder).items()}
     mask.check(shapes, fingerprints=accepted_fingerprints(folder), allow_other_weights=job.allow_other_weights)
     return mask
 
 
-def _examples(job: TrainJob) -> tuple[TrainData, TrainData | None]:
+def read_data(job: TrainJob) -> tuple[TrainData, TrainData | None]:
+    """The training examples and the retain examples; SafecritError where a file is missing or broken."""
     return read_examples(job.data, job.limit), read_examples(job.retain) if job.retain else None
 
 
@@ -78,7 +79,7 @@ def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter)
     mask = Mask.load(job.mask)
     if job.lora is not None:
         return _run_lora(job, job.lora, mask, folder, report)
-    data, retain = _examples(job)
+    data, retain = read_data(job)
     loaded = load_model(
         job.model,
         revision=job.revision,
@@ -110,7 +111,7 @@ def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter)
 
 def _run_lora(job: TrainJob, lora: LoraSettings, mask: Mask, folder: Path, report: Reporter) -> TrainOutcome:
     """Train an adapter, then merge it into the model loaded afresh, as `safecrit merge` does."""
-    data, retain = _examples(job)
+    data, retain = read_data(job)
     source: dict[str, Any] = {
         "revision": job.revision,
         "device": job.device,
