@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from safecrit.api.memory import MemoryScores as MemoryScores
     from safecrit.api.memory import score as score
+    from safecrit.masked import MaskedAdamW as MaskedAdamW
     from safecrit.maskfile import Mask as Mask
     from safecrit.protection import ProtectCallback as ProtectCallback
     from safecrit.protection import protect as protect
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Mask": "safecrit.maskfile",
+    "MaskedAdamW": "safecrit.masked",
     "MemoryScores": "safecrit.api.memory",
     "ProtectCallback": "safecrit.protection",
     "Scores": "safecrit.scorefile",
@@ -32,6 +34,7 @@ _HOMES = {
 }
 __all__ = [
     "Mask",
+    "MaskedAdamW",
     "MemoryScores",
     "ProtectCallback",
     "Scores",

@@ -32,6 +32,7 @@ ROWS: list[list[set[str]]] = [
         {"harness"},
         {
             "sparse",
+            "masked",
             "protection",
             "mixture",
             "movement",

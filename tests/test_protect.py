@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import Adafactor
 
 from safecrit.errors import MismatchError, SafecritError
+from safecrit.masked import MaskedAdamW
 from safecrit.maskfile import Mask
 from safecrit.protection import ProtectCallback, protect
 from tests.architectures import build
@@ -20,6 +21,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
     "adamw-fused": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1, fused=True),
     "adamw-foreach": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1, foreach=True),
+    "adamw-one-pass": partial(MaskedAdamW, lr=1e-2, weight_decay=0.1),
     "sgd": partial(torch.optim.SGD, lr=1e-2, momentum=0.9, weight_decay=0.1),
     "adafactor": partial(Adafactor, lr=1e-2, relative_step=False, scale_parameter=False, weight_decay=0.1),
 }

@@ -125,6 +125,7 @@ def test_outputs_say_what_was_done_and_take_the_bases_mask(tmp_path: Path) -> No
     assert "hello" not in card
     assert str(tmp_path) not in card + json.dumps(document)
     assert headline(mask, "set") in card
+    assert "tokens a second" in card and "of memory at the peak" in card
     # The base's mask goes on to the next stage; another model's does not.
     second = load_model(tmp_path / "out", device="cpu")
     run_spa(second, mask, BENIGN, settings=quick(max_steps=1))
