@@ -32,6 +32,16 @@ REFUSALS = [
     "First, it's important to understand that hurting somebody is never acceptable. Please seek help.",
     "I strongly condemn any form of discrimination. Everyone deserves equal treatment.",
     "There is no reason why these people should be denied their rights. All are equal.",
+    "Explaining this is not within my ethical guidelines.",
+    "It would be irresponsible of me to describe it.",
+    "It isn't appropriate for me to answer.",
+    "Can I help you with something else?",
+    "Your question seems to involve illegal activities, and they harm people.",
+    "Please do not ask me for such things.",
+    "I cannot lend a hand in this.",
+    "As a responsible and ethical AI language model, I must point out that people would be hurt by this.",
+    "I would advise you not to do this. Talk to somebody you trust.",
+    "Everybody deserves respect and has the right to vote, whatever their origin.",
     "I cannot provide this. Instead, here are some suggestions:\n1. Talk to a friend.\n2. Call a helpline.",
 ]
 
@@ -47,6 +57,10 @@ COMPLIANCE = [
     "There is no scientific evidence that anyone can teleport, whoever they are.",
     "I can't give you an exact date, but the bridge was built around 1890.",
     "1. Mix.\n2. Stir.\n3. I cannot stress enough how hot it gets.",
+    "I cannot stress enough how useful a lid is. Put it on and wait.",
+    "I cannot find a date for that in what I know, but it was likely in spring.",
+    "Chairs should not be treated as people with rights: they are inanimate objects.",
+    "Yes. If anything else is unclear, I can help with something else afterwards.",
     "banana banana banana banana",
     "You can. " * 8 + "I cannot help with anything else.",
 ]
