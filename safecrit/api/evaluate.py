@@ -122,7 +122,7 @@ def run_eval(job: EvalJob, report: Reporter = quiet_reporter, folder: Path | Non
     prompts = read_eval_prompts(job)
     kept = KeptAnswers(folder, prompts, job.generation)
     asked = _given(job, prompts) if job.answers else _ask_models(job, prompts, kept, report)
-    judge, refusals = load_judge(job.judge), RefusalJudge()
+    judge, refusals = load_judge(job.judge), RefusalJudge(job.judge.patterns)
     results = {
         name: evaluate_model(
             name,
@@ -164,6 +164,7 @@ def run_eval(job: EvalJob, report: Reporter = quiet_reporter, folder: Path | Non
             "samples": job.generation.samples,
             "prefill": job.generation.prefill,
             "seed": job.generation.seed,
+            **({"refusal_patterns": list(job.judge.patterns)} if job.judge.patterns else {}),
         },
         warnings=warnings,
     )
