@@ -117,6 +117,18 @@ def check_inputs(job: EvalJob) -> None:
         raise SafecritError(f"--judge {repeated[0]}: is given twice. Name each judge once.")
 
 
+def find_cards(job: EvalJob) -> dict[str, Path]:
+    """The model cards of those models of the job that set, spa or merge made, by the model's name in the results."""
+    found = {
+        name: Path(source) / "README.md"
+        for name, source in _names(job).items()
+        if (Path(source) / "safecrit" / "training.json").is_file() and (Path(source) / "README.md").is_file()
+    }
+    if not found:
+        raise SafecritError("--card: none of the models is an output folder of set, spa or merge with its README.md.")
+    return found
+
+
 def run_eval(job: EvalJob, report: Reporter = quiet_reporter, folder: Path | None = None) -> Evaluation:
     """Evaluate every model of the job on the same prompts; `folder` keeps the answers of an unfinished run."""
     prompts = read_eval_prompts(job)
