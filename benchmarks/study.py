@@ -73,6 +73,7 @@ class Study:
 
     def __init__(self, world: World, done: set[tuple[str, str]], save: Callable[[dict[str, Any]], None]) -> None:
         self.world, self.done, self.save = world, done, save
+        self.commit = _commit()  # of the code that runs
         self.work = world.folder / "work"
         data = world.data
         self.refusals = read_examples(data / "refusals.jsonl").examples
@@ -98,7 +99,7 @@ class Study:
         start = time.monotonic()
         shutil.rmtree(self.work, ignore_errors=True)
         row: dict[str, Any] = {"model": self.world.name, "seed": self.world.seed, "part": part, "arm": arm} | make()
-        row |= {"seconds": round(time.monotonic() - start, 1), "commit": _commit()}
+        row |= {"seconds": round(time.monotonic() - start, 1), "commit": self.commit}
         self.save(row)
         asr, utility = (row["test"]["rates"][key]["rate"] for key in ("asr", "utility"))
         print(
