@@ -12,7 +12,8 @@ from safecrit import __version__
 from safecrit.movement import Moved
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
+LIMITS = "## Intended use and limits"
+FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ def base_licence(folder: Path) -> str | None:
         text = (folder / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
-    front = _FRONT_MATTER.match(text)
+    front = FRONT_MATTER.match(text)
     declared = re.search(r"^license:[ \t]*(\S+)[ \t]*$", front.group(1), re.MULTILINE) if front else None
     return declared.group(1).strip("'\"") if declared else None
 
@@ -90,7 +91,7 @@ def model_card(facts: CardFacts) -> str:
         "(sigma: standard deviation of the weight's matrix in the base model).",
         moved_table(facts.moved),
         *[f"> **Warning:** {warning}" for warning in facts.warnings],
-        "## Intended use and limits",
+        LIMITS,
         "For research on where safety behaviour sits in a model's weights. Measure it on your own prompts before use: "
         "attack success, over-refusal and utility (`safecrit eval`). Freezing or tuning safety-critical weights does "
         "not stop a determined attack by fine-tuning, and a mask also shows what to remove.",

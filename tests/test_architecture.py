@@ -47,7 +47,7 @@ ROWS: list[list[set[str]]] = [
         {"tables", "figures", "plots", "distribution", "markup", "report"},
         {"doctor"},
     ],
-    [{"demo"}, {"comparison"}],
+    [{"demo"}, {"comparison"}, {"cardfigures"}],
     [{"api"}],
     [{"cli"}],
 ]

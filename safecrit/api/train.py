@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safecrit.adapter import merge_adapter, peft_module
+from safecrit.cardfigures import add_evaluation, evaluated, read_results
 from safecrit.delta import Delta, apply_delta
 from safecrit.files import checkpoint_tensors
 from safecrit.fingerprint import accepted_fingerprints
@@ -28,7 +29,8 @@ __all__ = ["LoraSettings", "TrainJob", "TrainOutcome", "check_inputs", "headline
 class TrainJob:
     """All that `set` and `spa` need to know. `save`: for set, what is written: model, delta or both.
 
-    With `lora`, spa trains an adapter and merges it under the mask.
+    With `lora`, spa trains an adapter and merges it under the mask. `results`: an
+    evaluation of the base, a folder, for the model card.
     """
 
     mode: Literal["set", "spa"]
@@ -46,6 +48,7 @@ class TrainJob:
     allow_other_weights: bool = False
     settings: TrainSettings = TrainSettings()
     lora: LoraSettings | None = None
+    results: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,8 @@ def check_inputs(job: TrainJob) -> Mask:
     if job.lora is not None:
         peft_module()
     read_data(job)
+    if job.results is not None:
+        evaluated(read_results(job.results), accepted_fingerprints(folder)[0], job.results)
     shapes = {name: tensor.shape for name, tensor in checkpoint_tensors(folder).items()}
     mask.check(shapes, fingerprints=accepted_fingerprints(folder), allow_other_weights=job.allow_other_weights)
     return mask
@@ -78,7 +83,17 @@ def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter)
     """Train, write `folder`, and verify the files written against the base."""
     mask = Mask.load(job.mask)
     if job.lora is not None:
-        return _run_lora(job, job.lora, mask, folder, report)
+        outcome = _run_lora(job, job.lora, mask, folder, report)
+    else:
+        outcome = _run(job, mask, folder, report)
+    if job.results is not None:
+        results = read_results(job.results)
+        base = accepted_fingerprints(resolve_folder(job.model, revision=job.revision))[0]
+        add_evaluation(folder / "README.md", results, evaluated(results, base, job.results), "base model")
+    return outcome
+
+
+def _run(job: TrainJob, mask: Mask, folder: Path, report: Reporter) -> TrainOutcome:
     data, retain = read_data(job)
     loaded = load_model(
         job.model,

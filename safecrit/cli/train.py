@@ -30,6 +30,10 @@ Length = Annotated[int, typer.Option("--max-length", min=8, help="Longest exampl
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory.")]
 SaveSteps = Annotated[int, typer.Option("--save-steps", min=0, help="Save a checkpoint every N steps; 0 saves none.")]
 ReportTo = Annotated[str, typer.Option("--report-to", help="none, or a tracker that transformers knows.")]
+Results = Annotated[
+    Path | None,
+    typer.Option("--results", metavar="DIR", help="An output of eval on MODEL: its figures go into the model card."),
+]
 Save = Annotated[Literal["model", "delta", "both"], typer.Option("--save", help="What to write.")]
 
 
@@ -55,6 +59,7 @@ def set_(
     gradient_checkpointing: Checkpointing = False,
     save_steps: SaveSteps = 0,
     report_to: ReportTo = "none",
+    results: Results = None,
     dry_run: o.DryRun = False,
     gpu_memory: o.GpuMemory = None,
     push_to_hub: o.PushToHub = None,
@@ -119,6 +124,7 @@ def spa(
     gradient_checkpointing: Checkpointing = False,
     save_steps: SaveSteps = 0,
     report_to: ReportTo = "none",
+    results: Results = None,
     dry_run: o.DryRun = False,
     gpu_memory: o.GpuMemory = None,
     push_to_hub: o.PushToHub = None,
@@ -164,12 +170,13 @@ def _run(
     lora = _lora(settings)
     names = {field.name for field in fields(TrainSettings)}
     training = TrainSettings(**{key: value for key, value in settings.items() if key in names})
-    own = {field.name for field in fields(TrainJob)} - {"mode", "settings", "mask", "lora"}
+    own = {field.name for field in fields(TrainJob)} - {"mode", "settings", "mask", "lora", "results"}
     job = TrainJob(
         mode=mode,
         settings=training,
         mask=Path(settings["mask"]),
         lora=lora,
+        results=Path(settings["results"]) if settings["results"] is not None else None,
         **{key: value for key, value in settings.items() if key in own},
     )
     path = output or default_output(mode, job.model)
