@@ -37,6 +37,7 @@ _OPS: dict[str, dict[str, str]] = {
         "reference": "safecrit.ops.reference.matrix_std:matrix_std",
     },
     "select_top": {
+        "cuda": "safecrit.ops.native_select:select_top_cuda",
         "native": "safecrit.ops.native_select:select_top_cpu",
         "reference": "safecrit.ops.reference.select_top:select_top",
     },

@@ -35,9 +35,8 @@ def sparse_adamw_cuda(
     """CUDA kernel of `safecrit.ops.sparse_adamw_`."""
     module, _ = native.cuda_module()
     assert module is not None, "chosen only where it can be imported"
-    module.sparse_adamw(
-        *_sparse(weight, indices, grad_k, master, exp_avg, exp_avg_sq, settings), *native.queue(weight.device)
-    )
+    state = _sparse(weight, indices, grad_k, master, exp_avg, exp_avg_sq, settings)
+    module.sparse_adamw(*state, *native.queue(weight.device))
 
 
 def masked_adamw_cpu(
