@@ -9,6 +9,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -77,14 +78,14 @@ public:
     unsigned lane() const { return current_ % kWarp; }
 
     // What each lane of this warp gives.
-    std::vector<uint64_t> exchange(uint64_t value) {
+    std::array<uint64_t, kWarp> exchange(uint64_t value) {
         const unsigned first = current_ - lane();
         fibers_[current_]->given = value;
         wait_warp();
-        std::vector<uint64_t> all;
-        for (unsigned i = first; i < first + kWarp; ++i) all.push_back(fibers_[i]->given);
+        std::array<uint64_t, kWarp> given;
+        for (unsigned i = 0; i < kWarp; ++i) given[i] = fibers_[first + i]->given;
         wait_warp();
-        return all;
+        return given;
     }
 
 private:

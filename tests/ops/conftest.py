@@ -1,5 +1,7 @@
 """One parametrisation for all ops: `target` is each (device, backend) that has a kernel for the module's OP.
 
+A module's BACKEND, where it has one, leaves the others out.
+
 Without a GPU the CUDA kernels run too, compiled for the CPU (tests/emulated_cuda.py).
 """
 
@@ -28,10 +30,12 @@ EMULATED = Target("cpu", "cuda")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" not in metafunc.fixturenames:
         return
-    params = []
+    params, only = [], getattr(metafunc.module, "BACKEND", None)
     for device, absent in (("cpu", "cuda"), ("cuda", "native")):
         for row in ops.backends(device):
             if row.op != metafunc.module.OP or row.backend == absent or row.reason == "no such kernel":
+                continue
+            if only not in (None, row.backend):
                 continue
             if device == "cpu" and row.backend == "triton" and torch.cuda.is_available():
                 continue
