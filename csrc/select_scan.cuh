@@ -250,10 +250,7 @@ __device__ inline void scan_tile(const Work& work, int64_t number, unsigned& nan
 
 __global__ void __launch_bounds__(kThreads) scan(Work work) {
     unsigned nan = 0;
-    for (int64_t tile = blockIdx.x; tile < work.tile_count; tile += gridDim.x) {
-        scan_tile(work, tile, nan);
-        __syncthreads();  // before the next tile writes what this one's warps still read
-    }
+    for (int64_t tile = blockIdx.x; tile < work.tile_count; tile += gridDim.x) scan_tile(work, tile, nan);
     nan = __reduce_add_sync(kAll, nan);
     if (nan != 0 && threadIdx.x % 32 == 0) atomicAdd(&work.state->nan, Counter{nan});
 }

@@ -33,6 +33,7 @@ _OPS: dict[str, dict[str, str]] = {
     },
     "matrix_std": {
         "cuda": "safecrit.ops.native_std:matrix_std_cuda",
+        "triton": "safecrit.kernels.matrix_std:matrix_std",
         "native": "safecrit.ops.native_std:matrix_std_cpu",
         "reference": "safecrit.ops.reference.matrix_std:matrix_std",
     },
