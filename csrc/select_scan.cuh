@@ -72,8 +72,8 @@ __device__ inline uint32_t magnitude(uint32_t bits) {  // bits of |x| in float32
 }
 
 __device__ inline uint32_t load_bits(const Tensor& tensor, int64_t i) {
-    if (tensor.dtype == Dtype::float32) return static_cast<const uint32_t*>(tensor.data)[i];
-    return static_cast<const uint16_t*>(tensor.data)[i];
+    if (tensor.dtype == Dtype::float32) return __ldg(static_cast<const unsigned*>(tensor.data) + i);
+    return __ldg(static_cast<const unsigned short*>(tensor.data) + i);
 }
 
 __device__ inline uint32_t rank_at(const Work& work, const Tensor& tensor, int64_t i) {
@@ -139,26 +139,19 @@ template <Dtype dtype>
 __device__ inline uint32_t candidates(const Work& work, const Tensor& tensor, int64_t base, uint32_t floor) {
     constexpr int kVector = dtype == Dtype::float32 ? 4 : 8, kRows = kEach / kVector, kBits = 128 / kVector;
     const int64_t first = base + int64_t{threadIdx.x % 32} * kVector;
-    uint4 vectors[kRows];
-    uint32_t inside = 0, high = 0;
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-        const int64_t i = first + row * 32 * kVector;
-        if (i >= 0 && i + kVector <= tensor.size) {
-            const char* place = static_cast<const char*>(tensor.data) + i * (kBits / 8);
-            vectors[row] = *reinterpret_cast<const uint4*>(place);
-            inside |= ((1u << kVector) - 1u) << (row * kVector);
-            continue;
+    uint32_t high = 0;
+    if (base < 0 || base + 32 * kEach > tensor.size) {  // the tensor's first or last part
+#pragma unroll 1
+        for (int bit = 0; bit < kEach; ++bit) {
+            const int64_t i = first + bit / kVector * 32 * kVector + bit % kVector;
+            if (i >= 0 && i < tensor.size && rank_at(work, tensor, i) >= floor) high |= 1u << bit;
         }
-        uint32_t words[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-            if (i + v < 0 || i + v >= tensor.size) continue;
-            words[v * kBits / 32] |= load_bits(tensor, i + v) << (v * kBits % 32);
-            inside |= 1u << (row * kVector + v);
-        }
-        vectors[row] = {words[0], words[1], words[2], words[3]};
+        return high;
     }
+    const auto* data = reinterpret_cast<const uint4*>(static_cast<const char*>(tensor.data) + first * (kBits / 8));
+    uint4 vectors[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) vectors[row] = __ldg(data + row * 32);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
         const uint32_t words[4] = {vectors[row].x, vectors[row].y, vectors[row].z, vectors[row].w};
@@ -168,7 +161,7 @@ __device__ inline uint32_t candidates(const Work& work, const Tensor& tensor, in
             if ((bits ^ work.flip) + work.shift >= floor) high |= 1u << (row * kVector + v);
         }
     }
-    return high & inside;
+    return high;
 }
 
 // What one tile keeps. Every warp has kEach * 32 places of it.
@@ -192,6 +185,7 @@ __device__ inline void scan_tile(const Work& work, int64_t number, unsigned& nan
         case Dtype::float16: kept = candidates<Dtype::float16>(work, tensor, base, floor); break;
     }
     unsigned ties = 0;
+#pragma unroll 1
     for (uint32_t left = kept; left != 0; left &= left - 1) {
         const int bit = __ffs(static_cast<int>(left)) - 1;
         const uint32_t rank = rank_at(work, tensor, start + place_of(bit));
@@ -239,6 +233,7 @@ __device__ inline void scan_tile(const Work& work, int64_t number, unsigned& nan
     const uint64_t field_mask = (uint64_t{1} << field) - 1;
     for (int row = 0; row < rows; ++row) {
         int64_t at = kept_at + place + static_cast<int64_t>(before >> (row * field) & field_mask);
+#pragma unroll 1
         for (uint32_t left = kept >> (row * vector) & ((1u << vector) - 1u); left != 0; left &= left - 1) {
             const int within = place_of(row * vector + __ffs(static_cast<int>(left)) - 1);
             const uint64_t rank = rank_at(work, tensor, start + within);
@@ -248,7 +243,8 @@ __device__ inline void scan_tile(const Work& work, int64_t number, unsigned& nan
     }
 }
 
-__global__ void __launch_bounds__(kThreads) scan(Work work) {
+// At least 5 blocks fit a multiprocessor's registers.
+__global__ void __launch_bounds__(kThreads, 5) scan(Work work) {
     unsigned nan = 0;
     for (int64_t tile = blockIdx.x; tile < work.tile_count; tile += gridDim.x) scan_tile(work, tile, nan);
     nan = __reduce_add_sync(kAll, nan);

@@ -100,13 +100,12 @@ __global__ void __launch_bounds__(kThreads) pick(Work work, Counter want, int di
                 state.floor = state.found ? state.rank : 0;
             } else {
                 const Counter k = static_cast<Counter>(work.k);
-                const bool is_floor = !state.found;
+                const bool is_floor = !state.found;  // all that is kept was taken from `want`
                 state.hit = state.kept <= static_cast<Counter>(work.room) && state.kept + state.ties >= k;
                 state.threshold = is_floor ? state.floor : state.rank;
                 work.result[kHit] = state.hit;
                 work.result[kThresholdBits] = (state.threshold - work.shift) ^ work.flip;
                 work.result[kTied] = static_cast<int64_t>(is_floor ? state.ties : state.here);
-                if (is_floor) state.want = k - state.kept;
                 work.result[kTiedSelected] = static_cast<int64_t>(state.want);
                 work.result[kNan] = static_cast<int64_t>(state.nan);
             }

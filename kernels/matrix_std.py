@@ -105,6 +105,7 @@ def _std(part: torch.Tensor) -> torch.Tensor:
         CONTIGUOUS=len(shape) == 1,
         BLOCK=BLOCK,
         num_warps=8,
+        enable_fp_fusion=False,
     )
     counts = torch.full((programs,), float(size), dtype=torch.float64, device=part.device)
     counts[-1] = count - (programs - 1) * size

@@ -37,8 +37,7 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStre
 }
 
 struct dim3 {
-    unsigned x, y, z;
-    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+    unsigned x;
 };
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
@@ -48,7 +47,6 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulated {
 
 constexpr unsigned kWarp = 32;
-
 class Block {
 public:
     void run(unsigned threads, const std::function<void()>& kernel) {
@@ -73,18 +71,17 @@ public:
         }
     }
 
-    void wait_block() { leave(State::at_block); }
-    void wait_warp() { leave(State::at_warp); }
+    void wait() { leave(State::at_block); }
     unsigned lane() const { return current_ % kWarp; }
 
     // What each lane of this warp gives.
     std::array<uint64_t, kWarp> exchange(uint64_t value) {
         const unsigned first = current_ - lane();
         fibers_[current_]->given = value;
-        wait_warp();
+        leave(State::at_warp);
         std::array<uint64_t, kWarp> given;
         for (unsigned i = 0; i < kWarp; ++i) given[i] = fibers_[first + i]->given;
-        wait_warp();
+        leave(State::at_warp);
         return given;
     }
 
@@ -102,8 +99,8 @@ private:
     };
 
     bool all(unsigned begin, unsigned end, State state) const {
-        return std::all_of(fibers_.begin() + begin, fibers_.begin() + end,
-                           [&](const auto& fiber) { return fiber->state == state; });
+        const auto is = [&](const auto& fiber) { return fiber->state == state; };
+        return std::all_of(fibers_.begin() + begin, fibers_.begin() + end, is);
     }
 
     void release(unsigned begin, unsigned end, State state) {
@@ -149,16 +146,16 @@ inline void Block::body() {
 
 // kernel<<<grid, threads, shared, stream>>>(...) is rewritten to launch(kernel, grid, threads, shared, stream)(...).
 template <typename... Parameters>
-auto launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t, cudaStream_t) {
+auto launch(void (*kernel)(Parameters...), unsigned grid, unsigned threads, size_t, cudaStream_t) {
     return [=](Parameters... given) {
         static bool backwards = false;
-        if (threads.x % kWarp != 0 || grid.x == 0) throw std::runtime_error("bad launch");
-        gridDim = grid;
-        blockDim = threads;
+        if (threads % kWarp != 0 || grid == 0) throw std::runtime_error("bad launch");
+        gridDim.x = grid;
+        blockDim.x = threads;
         const std::function<void()> run = [&] { kernel(given...); };
-        for (unsigned i = 0; i < grid.x; ++i) {
-            blockIdx.x = backwards ? grid.x - 1 - i : i;
-            block.run(threads.x, run);
+        for (unsigned i = 0; i < grid; ++i) {
+            blockIdx.x = backwards ? grid - 1 - i : i;
+            block.run(threads, run);
         }
         backwards = !backwards;
     };
@@ -166,8 +163,7 @@ auto launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t, cuda
 
 }  // namespace emulated
 
-inline void __syncthreads() { emulated::block.wait_block(); }
-inline void __syncwarp() { emulated::block.wait_warp(); }
+inline void __syncthreads() { emulated::block.wait(); }
 inline unsigned __ballot_sync(unsigned, bool predicate) {
     unsigned bits = 0, lane = 0;
     for (const uint64_t one : emulated::block.exchange(predicate)) bits |= static_cast<unsigned>(one) << lane++;
@@ -194,6 +190,10 @@ T atomicAdd(T* place, T value) {
     const T before = *place;
     *place += value;
     return before;
+}
+template <typename T>
+T __ldg(const T* place) {
+    return *place;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
