@@ -17,6 +17,7 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kTile = 8192, kEach = kTile / kThreads;  // entries of a tile, and of one thread: bits of a word
 constexpr int kGroup = 4 * kThreads;                   // tiles whose counts are added up
 constexpr unsigned kMaxBlocks = 132 * 8;               // 8 blocks on each of an H200's 132 multiprocessors
+constexpr unsigned kScanBlocks = 1 << 16;              // fewer fit there: so many that the last ones end together
 constexpr int64_t kSample = int64_t{1} << 18;
 constexpr int64_t kRoom = int64_t{1} << 21;
 constexpr int kDigits = 3, kBins = 2048;  // digits of 11, 10 and 10 bits

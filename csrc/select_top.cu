@@ -237,8 +237,8 @@ __global__ void __launch_bounds__(kThreads) write(Work work) {
     }
 }
 
-unsigned blocks(int64_t work, int64_t each) {
-    return static_cast<unsigned>(std::clamp<int64_t>((work + each - 1) / each, 1, kMaxBlocks));
+unsigned blocks(int64_t work, int64_t each, unsigned most = kMaxBlocks) {
+    return static_cast<unsigned>(std::clamp<int64_t>((work + each - 1) / each, 1, most));
 }
 
 // A launch without its check is no launch.
@@ -338,7 +338,7 @@ void select_top_cuda(const SelectTopArgs& args, const SelectCudaTuning& tuning, 
         SAFECRIT_LAUNCHED();
         search<false>(work, kSample, tuning.place != 0 ? tuning.place : usual_place(work), Goal::floor, queue);
     }
-    scan<<<blocks(work.tile_count, 1), kThreads, 0, queue>>>(work);
+    scan<<<blocks(work.tile_count, 1, kScanBlocks), kThreads, 0, queue>>>(work);
     SAFECRIT_LAUNCHED();
     search<false>(work, -1, args.k, Goal::threshold, queue);
     count<<<blocks(work.tile_count, kWarps), kThreads, 0, queue>>>(work);

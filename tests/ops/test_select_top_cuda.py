@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from safecrit import ops
 from safecrit.ops import native, native_select
+from safecrit.selection import SelectionSettings, select_from
 
 OP, BACKEND = "select_top", "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -75,6 +76,13 @@ def test_the_floor_of_a_sample(target, dtype, largest, tuning):
     agree(scores, k, largest)
     if largest:
         assert run(scores, k, room=4 * k)[0] == 1
+
+
+def test_a_fifth_of_the_entries_tells_the_floor(target):
+    """The floor lies four deviations below the threshold: one read, and little more kept than k."""
+    for seed in range(3):
+        scores, k = [randn(5 * SAMPLE, seed=seed).to(target.device)], 10_000
+        assert run(scores, k, room=k + k // 4)[0] == 1
 
 
 def test_a_sample_that_misleads_is_noticed(target, tuning):
@@ -160,7 +168,7 @@ def test_every_16_bit_pattern(target):
     seed=st.integers(0, 1 << 30),
     tight=st.booleans(),
 )
-def test_any_scores(target, kind, sizes, share, dtypes, largest, seed, tight):
+def test_any_scores(target, kind, sizes, share, dtypes, largest, seed, tight):  # tight: a second, exact run
     rng = np.random.default_rng(seed)
     scores = []
     for size, dtype in zip(sizes, dtypes, strict=False):
@@ -173,13 +181,23 @@ def test_any_scores(target, kind, sizes, share, dtypes, largest, seed, tight):
         scores.append((tensor if dtype == torch.float32 else tensor.to(dtype)).to(target.device))
     numbers = sum(int((~tensor.isnan()).sum()) for tensor in scores)
     k = int(share * numbers)
-    native_select.cuda_tuning.update({"room": k} if tight else {})  # then an exact second run
+    native_select.cuda_tuning.update({"room": k} if tight else {})
     try:
         agree(scores, k, largest)
     finally:
         native_select.cuda_tuning.clear()
     with pytest.raises(ValueError, match=f"only {numbers} entries"):
         ops.select_top(scores, numbers + 1, largest=largest, backend="cuda")
+
+
+@pytest.mark.parametrize("mode", ["top", "bottom"])
+def test_a_mask_of_scores_on_the_device(target, mode):
+    tensors = {name: randn(99, 31, seed=seed).to(target.device) for seed, name in enumerate("ab")}
+    tensors["b"][7] = torch.nan
+    settings = SelectionSettings(mode=mode, share="2%")
+    ours, theirs = (select_from(tensors, settings, backend=name) for name in ("cuda", "reference"))
+    assert ours.info == theirs.info
+    assert all(torch.equal(ours.indices[name], theirs.indices[name]) for name in tensors)
 
 
 def test_the_native_function_refuses_what_it_cannot_run_with(target):
