@@ -6,6 +6,7 @@
 #include "adamw_args.h"
 #include "matrix_std.h"
 #include "ops_module.h"
+#include "select_top.h"
 
 namespace py = pybind11;
 
@@ -32,6 +33,21 @@ void matrix_std(uintptr_t data, const std::vector<int64_t>& shape, const std::ve
     matrix_std_cuda(matrix, kind, pointer<double>(scratch), pointer<double>(result), device, pointer<void>(stream));
 }
 
+struct SelectCall {
+    SelectTopArgs args;
+    SelectCudaTuning tuning;
+};
+
+SelectCall select_call(const std::vector<uintptr_t>& data, const std::vector<int64_t>& sizes,
+                       const std::vector<int>& dtypes, int64_t k, bool largest, uintptr_t out, uintptr_t result,
+                       bool exact, int64_t room, int64_t place) {
+    // The counts follow the other results.
+    SelectCall call{{{}, sizes, {}, k, largest, pointer<int64_t>(out), pointer<int64_t>(result)}, {exact, room, place}};
+    for (const uintptr_t one : data) call.args.data.push_back(pointer<const void>(one));
+    for (const int dtype : dtypes) call.args.dtypes.push_back(static_cast<Dtype>(dtype));
+    return call;
+}
+
 }  // namespace
 
 void bind_ops_cuda(py::module_& module) {
@@ -42,6 +58,28 @@ void bind_ops_cuda(py::module_& module) {
     }, py::arg("count"));
     module.def("matrix_std", &matrix_std, free, py::arg("data"), py::arg("shape"), py::arg("strides"),
                py::arg("dtype"), py::arg("scratch"), py::arg("result"), py::arg("device"), py::arg("stream"));
+    module.attr("SELECT_RESULTS") = static_cast<int>(kSelectResults);
+    module.def(
+        "select_top",
+        [](const std::vector<uintptr_t>& data, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
+           int64_t k, bool largest, uintptr_t out, uintptr_t result, bool exact, int64_t room, int64_t place,
+           uintptr_t scratch, int device, uintptr_t stream) {
+            const SelectCall call = select_call(data, sizes, dtypes, k, largest, out, result, exact, room, place);
+            select_top_cuda(call.args, call.tuning, pointer<int64_t>(result), pointer<void>(scratch), device,
+                            pointer<void>(stream));
+        },
+        free, py::arg("data"), py::arg("sizes"), py::arg("dtypes"), py::arg("k"), py::arg("largest"), py::arg("out"),
+        py::arg("result"), py::arg("exact"), py::arg("room"), py::arg("place"), py::arg("scratch"), py::arg("device"),
+        py::arg("stream"));
+    module.def(
+        "select_top_scratch",
+        [](const std::vector<uintptr_t>& data, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
+           int64_t k, bool largest, uintptr_t out, uintptr_t result, bool exact, int64_t room, int64_t place) {
+            const SelectCall call = select_call(data, sizes, dtypes, k, largest, out, result, exact, room, place);
+            return select_top_cuda_scratch(call.args, call.tuning);
+        },
+        py::arg("data"), py::arg("sizes"), py::arg("dtypes"), py::arg("k"), py::arg("largest"), py::arg("out"),
+        py::arg("result"), py::arg("exact"), py::arg("room"), py::arg("place"));
     module.def(
         "sparse_adamw",
         [](uintptr_t weight, uintptr_t indices, uintptr_t grad, uintptr_t master, uintptr_t exp_avg,
