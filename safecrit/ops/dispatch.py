@@ -46,6 +46,12 @@ _OPS: dict[str, dict[str, str]] = {
         "native": "safecrit.ops.native_select:select_random_cpu",
         "reference": "safecrit.ops.reference.select_random:select_random",
     },
+    "gather_": {
+        "cuda": "safecrit.ops.native_gather:gather_cuda",
+        "triton": "safecrit.kernels.gather:gather",
+        "native": "safecrit.ops.native_gather:gather_cpu",
+        "reference": "safecrit.ops.reference.gather:gather",
+    },
     "sparse_adamw_": {
         "cuda": "safecrit.ops.native_adamw:sparse_adamw_cuda",
         "triton": "safecrit.kernels.adamw:sparse_adamw",
