@@ -37,6 +37,10 @@ struct SelectTopResult {
 // On the CPU with at most `threads` threads. Throws std::invalid_argument for arguments it cannot run with.
 SelectTopResult select_top_cpu(const SelectTopArgs& args, const SelectTuning& tuning, int threads);
 
+// How many entries have ranks low to high, counted by (rank - low) >> shift, and at the end how many rank above `high`:
+// NaN, where `high` is that of infinity. Of `args`, k and the outputs are not used.
+std::vector<int64_t> rank_counts_cpu(const SelectTopArgs& args, uint32_t low, uint32_t high, int shift, int threads);
+
 // The k entries with the smallest hashes, of tensors numbered `positions` with `sizes` entries.
 void select_random_cpu(const std::vector<uint64_t>& positions, const std::vector<int64_t>& sizes, int64_t k,
                        uint64_t seed, int64_t* out, int64_t* counts, int threads);

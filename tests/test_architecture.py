@@ -18,7 +18,8 @@ CEILING = 400
 ROWS: list[list[set[str]]] = [
     [{"errors"}],
     [{"machine"}, {"strided"}, {"files"}, {"progress"}, {"statistics"}],
-    [{"layout"}, {"tensorfile"}, {"outputs"}, {"ops"}],
+    [{"layout"}, {"tensorfile"}, {"outputs"}, {"ops"}, {"faults"}],
+    [{"distributed"}],
     [{"components", "checkpoint_map", "anatomy"}, {"fingerprint"}, {"maskfile", "maskformat"}, {"scorefile"}],
     [{"models"}, {"prompts"}, {"chatserver"}, {"chat"}, {"bridge", "vocabulary"}],
     [{"judges"}, {"traindata"}, {"placement"}, {"checkpoint"}, {"account", "metamodel"}],
@@ -26,7 +27,7 @@ ROWS: list[list[set[str]]] = [
     [
         {"generation"},
         {"relaxation", "gradients", "estimators", "scoring", "activations", "turns", "weightscores"},
-        {"selection"},
+        {"selection", "selection_together"},
         {"perturbation"},
         {"perplexity"},
         {"harness"},

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from safecrit.api.judging import JudgeChoice
     from safecrit.chat import ChatSettings
 
-TRANSIENT = {"output", "overwrite", "config", "as_json", "quiet", "debug"}
+TRANSIENT = {"output", "overwrite", "config", "as_json", "quiet", "debug", "dist_timeout", "parallel"}
+DIST_TIMEOUT_S = 1800
 
 
 def _load_config(context: typer.Context, value: Path | None) -> Path | None:
@@ -128,6 +129,9 @@ ThinkEnd = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+DistTimeout = Annotated[
+    float, typer.Option("--dist-timeout", min=1, help="Under torchrun: seconds that a rank waits for the others.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
