@@ -194,6 +194,22 @@ def barrier() -> None:
     gather(None)
 
 
+class Tally:
+    """Counts what all ranks have done of one stage; every rank makes its own, at the same point of the work."""
+
+    _made = 0
+
+    def __init__(self, before: int = 0) -> None:
+        Tally._made += 1
+        self._name, self._total = f"tally-{Tally._made}", before
+        self._before = before
+
+    def __call__(self, more: int) -> int:
+        """Add `more` that this rank did; the number that all have done."""
+        self._total += more
+        return self._before + faults.add(self._name, more) if _current.world > 1 else self._total
+
+
 def mine(work: Sequence[T]) -> list[T]:
     """A rank's share of `work`: every `world`-th piece, so that neighbours of like size spread evenly."""
     return list(work[_current.rank :: _current.world])
@@ -213,6 +229,11 @@ def divided(work: Sequence[T], do: Callable[[T], R], *, together: bool = False) 
         do(work[-1])
     found = gather(made)
     return [found[number % _current.world][number // _current.world] for number in range(len(work))]
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether parts of `model` lie on other ranks, so that all must run it at the same time."""
+    return any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters())
 
 
 def owners(sizes: Sequence[int]) -> list[int]:

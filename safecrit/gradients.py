@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from safecrit import ops
+from safecrit import distributed, ops
 from safecrit.anatomy import Anatomy, CheckpointTensor
 from safecrit.errors import SafecritError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Reduction = Literal["signed", "abs", "square"]
 Place = Literal["device", "host", "disk"]
-ACCUMULATOR = "accumulator-{:05d}.bin"
+ACCUMULATOR = "accumulator-{}-{:05d}.bin"  # rank, tensor
 
 
 def _reserve(file: Path, size: int) -> None:
@@ -75,12 +75,12 @@ class GradientStream:
         self.accumulators: dict[str, torch.Tensor] = {}
         self.sigma: dict[str, torch.Tensor] = {}
         self._files: list[Path] = []
-        parameters = dict(model.named_parameters())
+        parameters, rank = dict(model.named_parameters()), distributed.current().rank
         for number, entry in enumerate(anatomy.eligible):
             weight, shape = parameters[entry.parameter].detach(), entry.layout.shape
             if place == "disk":
                 assert folder is not None
-                self._files.append(folder / ACCUMULATOR.format(number))
+                self._files.append(folder / ACCUMULATOR.format(rank, number))
                 numel = entry.layout.numel
                 _reserve(self._files[-1], 4 * numel)
                 mapped = torch.from_file(str(self._files[-1]), shared=True, size=numel, dtype=torch.float32)

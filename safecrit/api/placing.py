@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safecrit import distributed
 from safecrit.errors import SafecritError
 from safecrit.gradients import Place
 from safecrit.models import pick_device
@@ -20,6 +21,7 @@ class Placed:
     """Where everything lies.
 
     turns: the device that model and judge enter by turns (both wait on the host), or None.
+    parallel: shard or replicate, of several ranks.
     """
 
     model_device: str
@@ -28,6 +30,8 @@ class Placed:
     accumulate_on: Place = "device"
     checkpoint: bool = False
     reason: str = ""
+    parallel: str | None = None
+    parallel_reason: str = ""
 
     @classmethod
     def here(cls, job: ScoreJob) -> Placed:
@@ -43,6 +47,7 @@ class Placed:
             "accumulate_on": self.accumulate_on,
             "checkpointed": self.checkpoint,
             "reason": self.reason,
+            **({} if self.parallel is None else {"parallel": self.parallel, "ranks": distributed.current().world}),
         }
 
 
@@ -61,6 +66,7 @@ def place(job: ScoreJob) -> Placed:
         reason = "the first that fits"
     if placement == "sequential" and device.type == "cpu":
         placement, reason = "together", "on a CPU model and judge share the host's memory in any case"
+    parallel, parallel_reason = _parallel(job)
     turns = device if placement == "sequential" and job.judged and not job.sampled else None
     if placement not in ("auto", "together", "sequential", "separate"):
         judge_device = str(pick_device(placement))
@@ -73,7 +79,16 @@ def place(job: ScoreJob) -> Placed:
         accumulate_on="device" if accumulate == "auto" else _accumulate(accumulate),
         checkpoint=checkpoint == "on",
         reason=reason,
+        parallel=parallel,
+        parallel_reason=parallel_reason,
     )
+
+
+def _parallel(job: ScoreJob) -> tuple[str | None, str]:
+    """Whether each of several ranks has the whole model, and why."""
+    if distributed.current().world == 1:
+        return None, ""
+    return "replicate", "as asked for"
 
 
 def _accumulate(name: str) -> Place:
