@@ -151,6 +151,22 @@ def sum_to(tensor: torch.Tensor, owner: int, purpose: str = "") -> None:
         dist.reduce(tensor, owner, op=dist.ReduceOp.SUM)
 
 
+def rows_to(local: torch.Tensor, shape: Sequence[int], owner: int, purpose: str = "") -> torch.Tensor | None:
+    """The rows of a tensor of `shape` that FSDP2 divided over the ranks, together on rank `owner`; None on the others.
+
+    `local`: this rank's rows. All but the last ranks that have any have equally many.
+    """
+    import torch
+    import torch.distributed as dist
+
+    padded = local.new_zeros(-(-shape[0] // _current.world), *shape[1:])
+    padded[: len(local)] = local
+    _count(purpose, padded.nbytes if _current.rank != owner else 0)
+    found = [torch.empty_like(padded) for _ in range(_current.world)] if _current.rank == owner else None
+    dist.gather(padded, found, dst=owner)
+    return torch.cat(found)[: shape[0]] if found is not None else None
+
+
 def gather(value: T, purpose: str = "") -> list[T]:
     """Every rank's `value` (plain Python or CPU tensors), in the ranks' order, on all of them."""
     if _current.world == 1:

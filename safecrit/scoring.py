@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -255,8 +255,11 @@ class Scorer:
                 self._judged[item.key] = judged
         self.turns.to("model")
 
-    def _batch(self, items: list[Item], guard: bool = False) -> bool:
-        """Score items at once; False where a weight's gradient was not finite. With `guard` such items are dropped."""
+    def _batch(self, items: list[Item], guard: bool = False, counted: bool | None = None) -> bool:
+        """Score items at once; False where a weight's gradient was not finite. With `guard` such items are dropped.
+
+        counted: all ranks do this together, whether or not these items count here.
+        """
         logits, where = forward_logits(self.model, items)
         rows = [logits.detach()[row, span] for row, span in where]
         if all(item.key in self._judged for item in items):
@@ -274,7 +277,9 @@ class Scorer:
                 norm = math.nan
                 if math.isfinite(judged.s):
                     norm = self.estimator.backward(item, values, judged, logits[row, span])
-                if math.isfinite(norm):
+                if counted is False:
+                    logits[row] = 0
+                elif math.isfinite(norm):
                     kept.append((item, {"s": judged.s, "log_odds": judged.log_odds, "gradient_norm": norm}))
                 else:
                     logits[row] = 0
@@ -289,9 +294,9 @@ class Scorer:
                 self.state.dropped += lost
                 self.state.dropped += [{"row": item.row, "reason": "weight gradient not finite"} for item, _ in kept]
                 return True
-        if kept:
+        if kept or counted is not None:
             logits.backward(gradient)
-        if self.stream.nonfinite:
+        if self.stream.nonfinite and counted is None:
             assert not guard
             self.stream.nonfinite = 0
             return False
@@ -318,26 +323,30 @@ class Scorer:
         Of several ranks each has the tensors that it owns (`owners`). `state` is that of all from here on.
         """
         self._merge()
-        parameters = dict(self.model.named_parameters())
         found = {}
-        for entry, owner in owners(self.stream.anatomy):
-            accumulator = self._summed(entry, owner)
-            if accumulator is None:
-                continue
-            for base in self.bases:
-                accumulator += base.sums(entry, self.stream.sigma[entry.name]).to(accumulator.device)
-            accumulator.div_(self.state.used)
-            if method == "snip":
-                weight = part_of(parameters[entry.parameter].detach(), entry)
-                accumulator.mul_(weight.to(accumulator.device, torch.float32))
-            found[entry.name] = accumulator
+        for parameter, entries, owner in owners(self.stream.anatomy):
+            weight = self._weight(parameter, owner) if method == "snip" else None
+            for entry, accumulator in self._summed(parameter, entries, owner):
+                for base in self.bases:
+                    accumulator += base.sums(entry, self.stream.sigma[entry.name]).to(accumulator.device)
+                accumulator.div_(self.state.used)
+                if weight is not None:
+                    accumulator.mul_(part_of(weight, entry).to(accumulator.device, torch.float32))
+                found[entry.name] = accumulator
         return found
 
-    def _summed(self, entry: CheckpointTensor, owner: int) -> torch.Tensor | None:
-        """The accumulator of one tensor summed over the ranks, on its owner."""
-        accumulator = self.stream.accumulators[entry.name]
-        distributed.sum_to(accumulator, owner, "scores")
-        return accumulator if owner == distributed.current().rank else None
+    def _summed(
+        self, parameter: str, entries: Sequence[CheckpointTensor], owner: int
+    ) -> Iterator[tuple[CheckpointTensor, torch.Tensor]]:
+        """The accumulators of a parameter's tensors summed over the ranks, on their owner alone."""
+        for entry in entries:
+            distributed.sum_to(self.stream.accumulators[entry.name], owner, "scores")
+            if owner == distributed.current().rank:
+                yield entry, self.stream.accumulators[entry.name]
+
+    def _weight(self, parameter: str, owner: int) -> torch.Tensor | None:
+        """A whole parameter, on the rank that needs it at least."""
+        return dict(self.model.named_parameters())[parameter].detach()
 
     def _states(self) -> list[ScoreState]:
         return distributed.gather(self.state)
@@ -361,10 +370,13 @@ class Scorer:
             raise SafecritError("no prompt could be scored: every answer was empty or its gradient not finite.")
 
 
-def owners(anatomy: Anatomy) -> list[tuple[CheckpointTensor, int]]:
-    """The eligible tensors, each with the rank that makes an end of its score and writes it."""
-    sizes = [entry.layout.numel for entry in anatomy.eligible]
-    return list(zip(anatomy.eligible, distributed.owners(sizes), strict=True))
+def owners(anatomy: Anatomy) -> list[tuple[str, list[CheckpointTensor], int]]:
+    """Runtime parameters with their eligible tensors, and the rank that finishes and writes their scores."""
+    found: dict[str, list[CheckpointTensor]] = {}
+    for entry in anatomy.eligible:
+        found.setdefault(entry.parameter, []).append(entry)
+    ranks = distributed.owners([sum(entry.layout.numel for entry in entries) for entries in found.values()])
+    return [(name, entries, rank) for (name, entries), rank in zip(found.items(), ranks, strict=True)]
 
 
 def _padded(items: Sequence[Item]) -> int:

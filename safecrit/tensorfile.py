@@ -98,6 +98,14 @@ class TensorWriter:
         self._file.seek(self._base + self._starts.pop(name))
         self._file.write(bits_of(tensor).view(np.uint8).data)
 
+    def write_rows(self, name: str, first: int, rows: torch.Tensor) -> None:
+        """Put `rows` of a tensor in their place, from row `first` on; in files that are written in parts."""
+        dtype, shape = self._entries[name]
+        if rows.dtype != dtype or tuple(rows.shape[1:]) != tuple(shape[1:]) or first + len(rows) > shape[0]:
+            raise ValueError(f"{name}: {rows.dtype} {tuple(rows.shape)} is no part of {dtype} {tuple(shape)}")
+        self._file.seek(self._base + self._starts[name] + first * math.prod(shape[1:]) * dtype.itemsize)
+        self._file.write(bits_of(rows).view(np.uint8).data)
+
     def __enter__(self) -> TensorWriter:
         """Nothing to prepare."""
         return self

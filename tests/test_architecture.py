@@ -26,7 +26,7 @@ ROWS: list[list[set[str]]] = [
     [{"delta"}, {"verification"}],
     [
         {"generation"},
-        {"relaxation", "gradients", "estimators", "scoring", "activations", "turns", "weightscores"},
+        {"relaxation", "gradients", "estimators", "scoring", "activations", "turns", "weightscores", "sharding"},
         {"selection", "selection_together"},
         {"perturbation"},
         {"perplexity"},

@@ -20,7 +20,9 @@ from safecrit import distributed
 from safecrit.anatomy import CheckpointTensor
 from safecrit.errors import FormatError
 from safecrit.files import atomic
+from safecrit.gradients import GradientStream, scaled_part
 from safecrit.scoring import ScoreState
+from safecrit.sharding import ShardedStream
 from safecrit.tensorfile import MappedFiles, TensorWriter, read_document
 
 FORMAT, VERSION = "safecrit-partial", 2
@@ -45,15 +47,7 @@ class Partial:
         """The sums of one checkpoint tensor, float32 in its shape, `sigma` (of each matrix) included."""
         if not self.by_parameter:
             return self.tensors[entry.name]
-        return scaled(entry, self.tensors[entry.parameter], sigma)
-
-
-def scaled(entry: CheckpointTensor, parameter: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Sums of a runtime parameter's gradient as those of a checkpoint tensor times sigma, in its shape, contiguous."""
-    part = entry.source.of(parameter).clone(memory_format=torch.contiguous_format)
-    for matrix, value in zip(entry.layout.matrices, sigma.tolist(), strict=True):
-        matrix.where.of(part).mul_(value)
-    return part
+        return scaled_part(entry, self.tensors[entry.parameter], sigma)
 
 
 def own_file(folder: Path, name: str, *, shared: bool = False) -> Path:
@@ -87,6 +81,29 @@ def save_together(
     ):
         for name, tensor in tensors.items():
             writer.write(name, tensor)
+
+
+def save_rows(file: Path, key: str, stream: ShardedStream, state: ScoreState, rows: Mapping[str, torch.Tensor]) -> None:
+    """The same of a sharded model's sums: each rank writes its rows of every parameter."""
+    document: dict[str, Any] = {"format": FORMAT, "version": VERSION, "key": key, "state": asdict(state)}
+    entries = {name: (torch.float32, stream.shape(name)) for name in rows}
+    with (
+        distributed.atomic_together(file) as temporary,
+        distributed.writer(temporary, entries, document) as writer,
+    ):
+        for name, tensor in rows.items():
+            writer.write_rows(name, stream.rows(name).start, tensor)
+
+
+def restored(file: Path, key: str, stream: GradientStream) -> ScoreState | None:
+    """Fill the accumulators of `stream` from `file`; None where it holds nothing under `key`."""
+    found = load(file, key)
+    if found is None:
+        return None
+    for name, tensor in found.tensors.items():
+        own = tensor[stream.rows(name)] if isinstance(stream, ShardedStream) else tensor
+        stream.accumulators[name].copy_(own)
+    return found.state
 
 
 def load(file: Path, key: str) -> Partial | None:

@@ -67,6 +67,11 @@ def place(job: ScoreJob) -> Placed:
     if placement == "sequential" and device.type == "cpu":
         placement, reason = "together", "on a CPU model and judge share the host's memory in any case"
     parallel, parallel_reason = _parallel(job)
+    if parallel == "shard":
+        if placement not in ("auto", "together", "sequential"):
+            raise SafecritError("--judge-placement on a device of its own goes with --parallel replicate only.")
+        placement, reason = "together", "divided over the ranks"
+        accumulate = "device" if s.accumulate_on == "auto" else s.accumulate_on
     turns = device if placement == "sequential" and job.judged and not job.sampled else None
     if placement not in ("auto", "together", "sequential", "separate"):
         judge_device = str(pick_device(placement))
@@ -86,9 +91,23 @@ def place(job: ScoreJob) -> Placed:
 
 def _parallel(job: ScoreJob) -> tuple[str | None, str]:
     """Whether each of several ranks has the whole model, and why."""
-    if distributed.current().world == 1:
+    ranks = distributed.current()
+    if ranks.world == 1:
         return None, ""
-    return "replicate", "as asked for"
+    gradient = job.scoring.method not in ("wanda", "magnitude")
+    if job.parallel == "shard" and not gradient:
+        raise SafecritError(f"--method {job.scoring.method} needs whole weights: use --parallel replicate.")
+    if job.parallel != "auto":
+        return job.parallel, "as asked for"
+    if not gradient:
+        return "replicate", f"--method {job.scoring.method} needs whole weights"
+    from safecrit.api.survey import survey
+
+    found = survey(job)
+    room, need = found.available, found.account
+    if need.fits(room["device"], room["host"]):
+        return "replicate", "model, judge and sums fit every rank whole"
+    return "shard", "model, judge and sums do not fit a rank whole"
 
 
 def _accumulate(name: str) -> Place:

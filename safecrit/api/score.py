@@ -31,7 +31,7 @@ from safecrit.api.answering import (
     items_of,
     write_samples,
 )
-from safecrit.api.judging import load_differentiable, load_judge
+from safecrit.api.loading import Divided, load_divided, load_whole, load_whole_judge
 from safecrit.api.placing import Placed, place
 from safecrit.api.scoreinfo import score_info
 from safecrit.api.scorejob import LIKELIHOODS, ScoreJob, check_settings
@@ -42,12 +42,13 @@ from safecrit.files import atomic
 from safecrit.gradients import GradientStream
 from safecrit.judges import DifferentiableJudge, Judge
 from safecrit.judges.rubric import verdict_value
-from safecrit.models import LoadedModel, load_model
+from safecrit.models import LoadedModel
 from safecrit.progress import Reporter, quiet_reporter
 from safecrit.prompts import Prompt, read_prompts
 from safecrit.relaxation import RelaxationSettings
 from safecrit.scorefile import Scores, write_scores
 from safecrit.scoring import Scorer, ScoreState, owners
+from safecrit.sharding import ShardedScorer, ShardedStream
 from safecrit.turns import Turns
 from safecrit.weightscores import InputNorms, magnitude
 
@@ -66,19 +67,11 @@ def run_score(
     placed = distributed.from_first(lambda: place(job))
     if placed.parallel is not None:
         note(f"{distributed.current().world} ranks: {placed.parallel} ({placed.parallel_reason})")
-    loaded = load_model(
-        job.model,
-        revision=job.revision,
-        device=placed.model_device,
-        dtype=job.dtype,
-        trust_remote_code=job.trust_remote_code,
-    )
-    judge: Judge | None = None
-    if job.judged:
-        assert job.judge is not None
-        choice = replace(job.judge, device=placed.judge_device)
-        judge = load_judge(choice) if job.sampled else load_differentiable(choice)
-    return score_loaded(loaded, judge, prompts, job, folder, report, placed)
+    if placed.parallel == "shard":
+        loaded, judge, divided = load_divided(job, placed)
+    else:
+        loaded, judge, divided = load_whole(job, placed), load_whole_judge(job, placed), None
+    return score_loaded(loaded, judge, prompts, job, folder, report, placed, divided)
 
 
 def score_loaded(
@@ -89,12 +82,16 @@ def score_loaded(
     folder: Path,
     report: Reporter = quiet_reporter,
     placed: Placed | None = None,
+    divided: Divided | None = None,
 ) -> Scores:
-    """The same with model, judge and prompts at hand; `placed` None: both stay where they are."""
-    run = _Run(loaded, judge, list(prompts), job, folder, report, placed or Placed.here(job))
+    """The same with model, judge and prompts at hand; `placed` None: both stay where they are.
+
+    divided: what is known of the whole of a sharded model.
+    """
+    run = _Run(loaded, judge, list(prompts), job, folder, report, placed or Placed.here(job), divided)
     scores, state = run.scores()
     ranks = distributed.current()
-    own = sorted(entry.name for entry, owner in owners(run.anatomy) if owner == ranks.rank)
+    own = sorted(entry.name for _, entries, owner in owners(run.anatomy) if owner == ranks.rank for entry in entries)
     info = run.info({name: scores[name] for name in own}, state)
     dropped = {entry["row"]: entry["reason"] for entry in state.dropped}
     if ranks.first:
@@ -117,10 +114,14 @@ class _Run:
         folder: Path,
         report: Reporter,
         placed: Placed,
+        divided: Divided | None,
     ) -> None:
+        self.divided = divided
         self.loaded, self.judge, self.job, self.folder, self.report = loaded, judge, job, folder, report
         self.placed, self.settings = placed, job.scoring
-        self.anatomy: Anatomy = read_anatomy(loaded.model, include=job.include, exclude=job.exclude)
+        self.anatomy: Anatomy = (
+            read_anatomy(loaded.model, include=job.include, exclude=job.exclude) if divided is None else divided.anatomy
+        )
         self.turns: Turns | None = None
         if placed.turns is not None:
             assert judge is not None
@@ -196,7 +197,7 @@ class _Run:
             return dict(magnitude(self.loaded.model, self.anatomy)), ScoreState()
         if self.settings.method == "wanda":
             return self._wanda()
-        self.stream = GradientStream(
+        self.stream = (GradientStream if self.divided is None else ShardedStream)(
             self.loaded.model,
             self.anatomy,
             scaled=self.settings.method == "esi" and self.settings.reduction != "square",
@@ -204,6 +205,7 @@ class _Run:
             place=self.placed.accumulate_on,
             folder=self.folder,
             device=self.placed.turns,
+            sigma=None if self.divided is None else self.divided.sigma,
         )
         self.estimator, relaxation = self._estimator(), self.settings.relaxation
         if not self.settings.stability:
@@ -243,9 +245,10 @@ class _Run:
         assert self.stream is not None and self.estimator is not None
         if isinstance(self.estimator, RelaxedEstimator):
             self.estimator.relaxation = relaxation
-        key, file = self._key(items, relaxation), kept.own_file(self.folder, name)
+        shared = isinstance(self.stream, ShardedStream)
+        key, file = self._key(items, relaxation), kept.own_file(self.folder, name, shared=shared)
         earlier, current = kept.find(self.folder, name, key), distributed.gather(file)
-        scorer = Scorer(
+        scorer = (ShardedScorer if shared else Scorer)(
             self.loaded.model,
             self.estimator,
             self.stream,
@@ -257,17 +260,13 @@ class _Run:
             bases=[found for found in earlier if found.file not in current],
         )
 
-        def restore(accumulators: dict[str, torch.Tensor]) -> ScoreState | None:
-            found = kept.load(file, key)
-            if found is None:
-                return None
-            for tensor_name, tensor in found.tensors.items():
-                accumulators[tensor_name].copy_(tensor)
-            return found.state
-
+        save = partial(kept.save, file, key)
+        if isinstance(self.stream, ShardedStream):
+            save = partial(kept.save_rows, file, key, self.stream)
+        restore = partial(kept.restored, file, key, self.stream)
         what = "scoring" if name == "all" else f"scoring {name}"
         with self.report(what, "answers" if self.job.sampled else "prompts") as progress:
-            scorer.run(partial(kept.save, file, key), restore, self.job.save_every, progress)
+            scorer.run(save, lambda _: restore(), self.job.save_every, progress)
         return scorer
 
     def _key(self, items: Sequence[Item], relaxation: RelaxationSettings) -> str:
