@@ -41,7 +41,7 @@ def hash_of(*parts: Any) -> str:
 
 def fingerprint_of(loaded: LoadedModel) -> str:
     """The model's fingerprint; empty for one that lives in memory alone."""
-    return fingerprint(loaded.folder) if loaded.folder != NO_FOLDER else ""
+    return distributed.from_first(lambda: fingerprint(loaded.folder)) if loaded.folder != NO_FOLDER else ""
 
 
 def answer_prompts(
