@@ -61,7 +61,8 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, wanted: set[str], *, embeddi
         whole.update(model.get_input_embeddings().to(mesh.device_type).parameters())
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    # Without resharding, the root's parameters would stay whole after the forward passes of generation.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=whole)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

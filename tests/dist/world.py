@@ -45,10 +45,19 @@ class World:
     prompts: Path
     answers: Path
 
-    def score(self, model: str, out: Path, *more: object) -> list[str]:
-        """A command line of `score` on answers that are given."""
-        flags = ["--judge", self.guard, "--prompts", self.prompts, "--answers", self.answers]
+    def score(self, model: str, out: Path, *more: object, given: bool = True) -> list[str]:
+        """A command line of `score`, on answers that are given or made."""
+        flags = ["--judge", self.guard, "--prompts", self.prompts, "--max-new-tokens", 5, "--draws", 2]
+        flags += ["--answers", self.answers] if given else []
         return ["score", *map(str, [self.models[model], *flags, "--batch-size", 2, "-o", out, *more])]
+
+    def evaluate(self, out: Path) -> list[str]:
+        """A command line of `eval` with a baseline, two judges and two prompt sets."""
+        models = [self.models["dense"], "--baseline", self.models["tied"]]
+        prompts = ["--prompts", self.prompts, "--benign", self.prompts, "--samples", 2]
+        judges = ["--judge", self.guard, "--judge", "refusal"]
+        limits = ["--max-new-tokens", 5, "--batch-size", 2]
+        return ["eval", *map(str, [*models, *prompts, *judges, *limits, "-o", out])]
 
 
 def make(folder: Path) -> World:
