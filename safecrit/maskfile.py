@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from safecrit.errors import MismatchError, SafecritError
+from safecrit.hub import find_file
 from safecrit.layout import TensorLayout
 from safecrit.maskformat import TIE_RULE, MaskInfo, read_mask, write_mask
 from safecrit.tensorfile import SHARD_BYTES
@@ -42,8 +43,8 @@ class Mask:
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
-        """Read a mask file, its index, or a folder that holds one mask; FormatError where it is malformed."""
-        return cls(*read_mask(path))
+        """Read a mask file, its index, a folder that holds one mask, or a Hub id; FormatError where it is malformed."""
+        return cls(*read_mask(find_file(path, "mask")))
 
     def save(self, path: str | Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
         """Write the mask to `path` (sharded above `shard_bytes`); the files written."""

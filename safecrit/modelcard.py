@@ -17,10 +17,7 @@ _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What the card says. `base`: Hub id or folder of the base model. `mask_note`: one line on the mask.
-
-    `steps` and `learning_rate` are None where an adapter trained elsewhere was merged.
-    """
+    """What the card says. `base`: Hub id or folder of the base model. `mask_note`, `training`: a line on each."""
 
     mode: str
     base: str
@@ -29,9 +26,7 @@ class CardFacts:
     fingerprint: str
     mask_note: str
     headline: str
-    steps: int | None
-    learning_rate: float | None
-    final_loss: float | None
+    training: str
     mean_sigma: float
     changed: int
     moved: Sequence[Moved]
@@ -61,8 +56,6 @@ def model_card(facts: CardFacts) -> str:
         front.append(f"license: {json.dumps(facts.licence)}")
     front += ["tags:", "- safecrit", f"- safecrit-{facts.mode}", "---"]
     revision = f", revision `{facts.revision}`" if facts.revision else ""
-    loss = f", last loss {facts.final_loss:.4g}" if facts.final_loss is not None else ""
-    steps = "" if facts.steps is None else f" {facts.steps} steps, learning rate {facts.learning_rate:g}{loss}."
     parts = [
         "\n".join(front),
         f"# {name}, {'safety-tuned (SET)' if facts.mode == 'set' else 'adapted with protected weights (SPA)'}",
@@ -73,7 +66,7 @@ def model_card(facts: CardFacts) -> str:
                 f"- Base model: `{name}`{revision}, fingerprint `{facts.fingerprint}`.",
                 f"- Licence: {facts.licence or 'not declared by the base model'}; the base model's terms apply.",
                 f"- {facts.mask_note}",
-                f"- {facts.headline}.{steps}",
+                f"- {facts.headline}. {facts.training}",
                 f"- Made with safecrit {__version__}. All settings: `safecrit/training.json`.",
                 "- Check: `safecrit verify THIS_FOLDER --base BASE --mask MASK "
                 f"--mode {facts.mode}` compares the files bit by bit.",
@@ -93,15 +86,14 @@ def model_card(facts: CardFacts) -> str:
 
 
 def _purpose(facts: CardFacts, name: str) -> str:
-    if facts.mode == "spa":
-        return (
-            f"`{name}` fine-tuned on a task; the weights that its mask selects are bit-identical to the base model's."
-        )
-    stored = "This folder holds only the changed values; `safecrit apply` puts them into the base model. "
-    return (
-        f"`{name}` with only the weights that its mask selects trained, on refusals; all others are bit-identical to "
-        f"the base model's. {stored if facts.delta_only else ''}".rstrip()
+    stored = " This folder holds only the changed values; `safecrit apply` puts them into the base model."
+    done = (
+        f"`{name}` fine-tuned on a task; the weights that its mask selects are bit-identical to the base model's."
+        if facts.mode == "spa"
+        else f"`{name}` with only the weights that its mask selects trained, on refusals; all others are bit-identical "
+        "to the base model's."
     )
+    return done + (stored if facts.delta_only else "")
 
 
 def moved_table(rows: Sequence[Moved]) -> str:

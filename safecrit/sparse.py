@@ -58,7 +58,6 @@ class SparseAdamW(torch.optim.Optimizer):
         """Find the selected weights; no gradient is touched before the first forward."""
         self._model = unwrap(model)
         refuse_adapters(self._model)
-        self._mask = mask
         self._anatomy = read_anatomy(self._model)
         mask.check(self._anatomy)
         placed = place(mask, self._anatomy)
@@ -94,6 +93,12 @@ class SparseAdamW(torch.optim.Optimizer):
         """Set the gradient hooks on the parameters that the model has now; again, it does nothing."""
         if self._hooks:
             return
+        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if spread and (processes := torch.distributed.get_world_size()) > 1:
+            raise SafecritError(
+                f"SparseAdamW keeps each process's own gradients and does not add them up over {processes} processes. "
+                "Train in one process."
+            )
         self._opening.remove()
         parameters = dict(self._model.named_parameters())
         group = self.param_groups[0]
@@ -196,15 +201,16 @@ class SparseAdamW(torch.optim.Optimizer):
                     self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
 
     @torch.no_grad()
-    def changes(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def changes(self, mask: Mask, dtypes: Mapping[str, torch.dtype]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """The selected weights as they are now, on the CPU: per checkpoint tensor flat indices (int64) and values.
 
-        `dtypes` gives each checkpoint tensor's dtype; a tensor that it lacks keeps the
+        `mask` is the one given at the start, of which the optimizer keeps positions alone (half
+        the memory). `dtypes` gives each checkpoint tensor's dtype; a tensor that it lacks keeps the
         parameter's.
         """
         parameters = dict(self._model.named_parameters())
         found = {}
-        for name, flat in self._mask.indices.items():
+        for name, flat in mask.indices.items():
             tensor = self._anatomy.tensors[name]
             parameter = parameters[tensor.parameter]
             where = runtime_indices(tensor.source, flat).to(parameter.device)

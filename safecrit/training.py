@@ -3,26 +3,30 @@
 SET trains the masked weights on prompt -> refusal pairs, retain data mixed in; SPA
 trains everything else on a task (docs/method.md, section 4). The defaults are the authors':
 AdamW (0.9, 0.999), cosine, warm-up 3 %, batch 1 x 4, no weight decay, length 2048.
-Weights are float32 while they are trained wherever a dense optimizer runs, and on the
-CPU in any case, since bfloat16 swallows most small updates; what is written has the
-checkpoint's dtypes.
+Where a dense optimizer runs, weights are float32 while they are trained, since bfloat16
+swallows most small updates; SET has a float32 master of what it trains, and LoRA a
+float32 adapter, and both leave the model in its own dtype (float16 alone becomes
+float32). What is written has the checkpoint's dtypes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from safecrit.anatomy import Anatomy, read_anatomy
 from safecrit.errors import SafecritError
 from safecrit.files import StoredTensor, checkpoint_tensors
 from safecrit.fingerprint import Changes, accepted_fingerprints
+from safecrit.lora import LoraSettings, adapt, check_adapter, check_dtype, load_adapter, merge_adapter, save_adapter
 from safecrit.mixture import Mixture, mix
 from safecrit.models import LoadedModel
 from safecrit.movement import NEGLIGIBLE, Moved, Movement
-from safecrit.protect import ProtectCallback
+from safecrit.protection import ProtectCallback
 from safecrit.sparse import SparseAdamW
 from safecrit.tensorfile import DTYPES, MappedFiles
 from safecrit.traindata import TrainExample
@@ -34,10 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run did. `changes`: SET's new values by checkpoint tensor; None for SPA, whose model holds them.
-
-    `adapter` and `headline` describe the LoRA adapter that SPA trained, where it trained one.
-    """
+    """What a run did. `changes`: SET's new values by checkpoint tensor; None for SPA, whose model holds them."""
 
     mode: str
     settings: TrainSettings
@@ -53,10 +54,9 @@ class TrainResult:
     moved: list[Moved]
     changed: int
     mean_sigma: float
+    lora: LoraSettings | None = None
     changes: Changes | None = field(default=None, repr=False)
     warnings: list[str] = field(default_factory=list)
-    adapter: dict[str, Any] | None = None
-    headline: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -64,9 +64,27 @@ class TrainResult:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def headline(mask: Mask, mode: str) -> str:
-    """`Training K of N weights (share), rest frozen`, for `set` or `spa`."""
+@dataclass(frozen=True, kw_only=True)
+class MergeResult:
+    """What merging an adapter did: `trained` weights lie in the tensors it changed and outside the mask."""
+
+    adapter: str
+    adapter_config: dict[str, Any]
+    trained: int
+    total: int
+    parents: list[str]
+    moved: list[Moved]
+    changed: int
+    mean_sigma: float
+    warnings: list[str]
+
+
+def headline(mask: Mask, mode: str, lora: LoraSettings | None = None) -> str:
+    """`Training K of N weights (share), rest frozen`, for `set` or `spa`; by `lora`, what its merge leaves out."""
     total = mask.info.total
+    if lora is not None:
+        share = f"{mask.count:,} of {total:,} weights ({100 * mask.count / total:.4g} %)"
+        return f"Training a {lora}; its merge leaves {share} as they are"
     trained = mask.count if mode == "set" else total - mask.count
     return f"Training {trained:,} of {total:,} weights ({100 * trained / total:.4g} %), rest frozen"
 
@@ -92,7 +110,7 @@ def run_set(
     """
     settings = settings or TrainSettings()
     anatomy, parents = _check(loaded, mask, allow_other_weights)
-    if loaded.model.device.type == "cpu":
+    if loaded.model.dtype == torch.float16:
         loaded.model.float()
     optimizer = SparseAdamW(
         loaded.model,
@@ -103,16 +121,16 @@ def run_set(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm or None,
     )
-    data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
+    data = _data(loaded, examples, retain_examples or (), retain_share, settings)
+    stored = _stored(loaded, mask.indices)
     try:
         record = train(loaded, data, settings, progress, checkpoints, optimizer=optimizer)
-        stored = checkpoint_tensors(loaded.folder)
-        changes = optimizer.changes({name: DTYPES[tensor.dtype] for name, tensor in stored.items()})
+        changes = optimizer.changes(mask, {name: DTYPES[tensor.dtype] for name, tensor in stored.items()})
     finally:
         optimizer.close()
     movement, maps = Movement(), MappedFiles()
     for name, (indices, values) in changes.items():
-        movement.add(anatomy.tensors[name].layout, maps.tensor(_base(stored, name, loaded)), values, only=indices)
+        movement.add(anatomy.tensors[name].layout, maps.tensor(stored[name]), values, only=indices)
     return _result("set", settings, mask.count, anatomy, record, data, parents, movement, changes)
 
 
@@ -127,20 +145,64 @@ def run_spa(
     *,
     checkpoints: Path | None = None,
     allow_other_weights: bool = False,
+    lora: LoraSettings | None = None,
+    adapter: Path | None = None,
 ) -> TrainResult:
-    """Train every weight but those that `mask` selects, which stay bit-identical. Arguments and errors: `run_set`."""
+    """Train every weight but those that `mask` selects, which stay bit-identical. Arguments and errors: `run_set`.
+
+    With `lora`, train an adapter of these settings instead and merge it, but for the
+    selected weights; the adapter itself is saved to the folder `adapter`, where given.
+    """
     settings = settings or TrainSettings(max_steps=1000)
     anatomy, parents = _check(loaded, mask, allow_other_weights)
+    stored, maps = _stored(loaded, anatomy.tensors), MappedFiles()
+    check_dtype(loaded, anatomy, stored)
+    if not mask.count:
+        raise SafecritError("the mask selects no weight of this model, so nothing would be protected.")
+    data = _data(loaded, examples, retain_examples or (), retain_share, settings)
+    if lora is not None:
+        adapted = adapt(loaded, lora, settings.seed)
+        record = train(replace(loaded, model=adapted), data, settings, progress, checkpoints)
+        if adapter is not None:
+            save_adapter(adapted, adapter)
+        movement = merge_adapter(adapted, mask, anatomy, stored)
+        trained = sum(row.trained for row in movement.table())
+        return _result("spa", settings, trained, anatomy, record, data, parents, movement, None, lora)
     loaded.model.float()
-    data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
     record = train(loaded, data, settings, progress, checkpoints, callback=ProtectCallback(mask))
-    stored, movement, maps = checkpoint_tensors(loaded.folder), Movement(), MappedFiles()
+    movement = Movement()
     parameters = dict(loaded.model.named_parameters())
     for name, tensor in anatomy.tensors.items():
-        base = maps.tensor(_base(stored, name, loaded))
+        base = maps.tensor(stored[name])
         new = tensor.source.of(parameters[tensor.parameter].detach()).to("cpu", base.dtype).contiguous()
         movement.add(tensor.layout, base, new, frozen=mask.indices.get(name))
     return _result("spa", settings, anatomy.total - mask.count, anatomy, record, data, parents, movement, None)
+
+
+def run_merge(loaded: LoadedModel, mask: Mask, adapter: Path, *, allow_other_weights: bool = False) -> MergeResult:
+    """Merge the LoRA adapter in the folder `adapter` into `loaded.model`, in place, but for the weights in `mask`.
+
+    Raises MismatchError where mask or adapter do not fit the model, SafecritError for
+    adapters that cannot be merged under a mask.
+    """
+    anatomy, parents = _check(loaded, mask, allow_other_weights)
+    stored = _stored(loaded, anatomy.tensors)
+    check_dtype(loaded, anatomy, stored)
+    if not mask.count:
+        raise SafecritError("the mask selects no weight of this model, so nothing would be protected.")
+    movement = merge_adapter(load_adapter(loaded, adapter), mask, anatomy, stored, where=str(adapter))
+    table = movement.table()
+    return MergeResult(
+        adapter=adapter.name,
+        adapter_config=check_adapter(adapter),
+        trained=sum(row.trained for row in table),
+        total=anatomy.total,
+        parents=parents,
+        moved=table,
+        changed=movement.changed,
+        mean_sigma=movement.mean_sigma,
+        warnings=_negligible(movement, "the adapter moves the weights", "Was it trained?"),
+    )
 
 
 def _check(loaded: LoadedModel, mask: Mask, allow_other_weights: bool) -> tuple[Anatomy, list[str]]:
@@ -150,23 +212,25 @@ def _check(loaded: LoadedModel, mask: Mask, allow_other_weights: bool) -> tuple[
     return anatomy, parents
 
 
-def _base(stored: dict[str, StoredTensor], name: str, loaded: LoadedModel) -> StoredTensor:
-    if name not in stored:
-        raise SafecritError(
-            f"{loaded.folder}: has no tensor {name!r}; its names are of an older kind. Load and save the model once "
-            "with transformers, and work from that folder."
-        )
-    return stored[name]
+def _stored(loaded: LoadedModel, names: Iterable[str]) -> dict[str, StoredTensor]:
+    """The tensors of the model's files, checked to hold all of `names`."""
+    stored = checkpoint_tensors(loaded.folder)
+    for name in names:
+        if name not in stored:
+            raise SafecritError(
+                f"{loaded.folder}: has no tensor {name!r}; its names are of an older kind. Load and save the model "
+                "once with transformers, and work from that folder."
+            )
+    return stored
 
 
-def training_data(
+def _data(
     loaded: LoadedModel,
     examples: Sequence[TrainExample],
     retain: Sequence[TrainExample],
     share: float,
     settings: TrainSettings,
 ) -> Mixture:
-    """The examples of a whole run in their order; SafecritError where there are none."""
     if not examples:
         raise SafecritError("there are no training examples.")
     window = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
@@ -181,6 +245,12 @@ def training_data(
     )
 
 
+def _negligible(movement: Movement, what: str, advice: str) -> list[str]:
+    if movement.mean_sigma >= NEGLIGIBLE:
+        return []
+    return [f"{what} by {movement.mean_sigma:.2g} sigma in the mean, which is negligible. {advice}"]
+
+
 def _result(
     mode: str,
     settings: TrainSettings,
@@ -191,14 +261,13 @@ def _result(
     parents: list[str],
     movement: Movement,
     changes: Changes | None,
+    lora: LoraSettings | None = None,
 ) -> TrainResult:
-    warnings = []
-    if movement.mean_sigma < NEGLIGIBLE:
-        warnings.append(
-            f"the trained weights moved by {movement.mean_sigma:.2g} sigma in the mean, which is negligible. "
-            "Raise --learning-rate or --max-steps."
-        )
-    warnings += training_warnings(data)
+    warnings = _negligible(movement, "the trained weights moved", "Raise --learning-rate or --max-steps.")
+    if data.truncated:
+        warnings.append(f"{data.truncated} of {data.distinct} examples were cut to the length allowed (--max-length).")
+    if data.cut_away:
+        warnings.append(f"{data.cut_away} examples were left out: the cut took all of their answer.")
     return TrainResult(
         mode=mode,
         settings=settings,
@@ -214,16 +283,7 @@ def _result(
         moved=movement.table(),
         changed=movement.changed,
         mean_sigma=movement.mean_sigma,
+        lora=lora,
         changes=changes,
         warnings=warnings,
     )
-
-
-def training_warnings(data: Mixture) -> list[str]:
-    """What the user should know of the examples: how many were cut, and how many left out."""
-    warnings = []
-    if data.truncated:
-        warnings.append(f"{data.truncated} of {data.distinct} examples were cut to the length allowed (--max-length).")
-    if data.cut_away:
-        warnings.append(f"{data.cut_away} examples were left out: the cut took all of their answer.")
-    return warnings

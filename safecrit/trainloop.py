@@ -187,6 +187,7 @@ def train(
                 save_total_limit=2,
                 train_sampling_strategy="sequential",
                 remove_unused_columns=False,
+                label_names=["labels"],
                 dataloader_pin_memory=False,
                 use_cpu=device.type == "cpu",
             )

@@ -17,11 +17,11 @@ CEILING = 400
 # Lower rows know nothing of higher ones. Modules in one set may know each other; sets of one row may not.
 ROWS: list[list[set[str]]] = [
     [{"errors"}],
-    [{"machine"}, {"strided"}, {"files"}, {"progress"}, {"statistics"}],
+    [{"machine"}, {"strided"}, {"files"}, {"hub"}, {"progress"}, {"statistics"}],
     [{"layout"}, {"tensorfile"}, {"outputs"}, {"ops"}],
     [{"components", "checkpoint_map", "anatomy"}, {"fingerprint"}, {"maskfile", "maskformat"}, {"scorefile"}],
     [{"models"}, {"prompts"}, {"chatserver"}, {"chat"}, {"bridge", "vocabulary"}],
-    [{"judges"}, {"traindata"}, {"placement"}, {"checkpoint"}, {"account", "metamodel"}],
+    [{"judges"}, {"traindata"}, {"placement"}, {"checkpoint"}, {"account", "metamodel", "trainaccount"}],
     [{"delta"}, {"verification"}],
     [
         {"generation"},
@@ -31,16 +31,8 @@ ROWS: list[list[set[str]]] = [
         {"perplexity"},
         {"harness"},
         {
-            "sparse",
-            "protect",
-            "mixture",
-            "movement",
-            "modelcard",
-            "trainloop",
-            "training",
-            "training_output",
-            "adapter",
-            "lora",
+            *("sparse", "protection", "lora", "mixture", "movement", "modelcard"),
+            *("trainloop", "training", "training_output"),
         },
         {"answers", "results", "evaluation"},
         {"tables", "figures", "plots", "distribution", "markup", "report"},

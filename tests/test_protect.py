@@ -12,7 +12,7 @@ from transformers.optimization import Adafactor
 
 from safecrit.errors import MismatchError, SafecritError
 from safecrit.maskfile import Mask
-from safecrit.protect import ProtectCallback, protect
+from safecrit.protection import ProtectCallback, protect
 from tests.architectures import build
 from tests.training_helpers import backward, batch, random_mask, selected
 
@@ -42,16 +42,21 @@ def by_hand(
 
 
 @pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_frozen_entries_keep_their_bits_and_the_rest_trains_as_by_hand(kind: str, dtype: torch.dtype) -> None:
-    model, twin = build("mixtral").to(dtype), build("mixtral").to(dtype)
+@pytest.mark.parametrize(
+    ("name", "dtype", "steps"),
+    [("llama", torch.float32, 200), ("llama", torch.bfloat16, 200), ("mixtral", torch.float32, 12)],
+)
+def test_frozen_entries_keep_their_bits_and_the_rest_trains_as_by_hand(
+    kind: str, name: str, dtype: torch.dtype, steps: int
+) -> None:
+    model, twin = build(name).to(dtype), build(name).to(dtype)
     mask = random_mask(model, 0.3)
     where = selected(model, mask)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer, reference = OPTIMIZERS[kind](model.parameters()), OPTIMIZERS[kind](twin.parameters())
     protection = protect(model, mask, optimizer)
     assert protection.protected == mask.count
-    for step in range(12):
+    for step in range(steps):
         backward(model, step)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         assert norm > 0
@@ -155,3 +160,28 @@ def test_callback_holds_the_weights_in_trainer(optim: str, tmp_path: Path) -> No
     for n, p in model.named_parameters():
         assert torch.equal(p.detach()[where[n]], before[n][where[n]]), n
         assert (p.detach() != before[n])[~where[n]].any(), n
+
+
+def test_the_function_is_no_module() -> None:
+    import safecrit
+
+    assert safecrit.ProtectCallback is ProtectCallback
+    assert safecrit.protect is protect
+
+
+def test_what_moves_protected_weights_behind_our_back_is_found() -> None:
+    model = build("llama")
+    mask = random_mask(model, 0.3)
+    optimizer, other = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(model.parameters(), lr=0.1)
+    protection = protect(model, mask, optimizer)
+    backward(model, 0)
+    with pytest.raises(SafecritError, match="made no step"):
+        protection.check()
+    protection.check(stepped=False)
+    optimizer.step()
+    protection.check()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)  # not by backward: the hooks see nothing of it
+    other.step()
+    with pytest.raises(SafecritError, match="have moved"):
+        protection.check()

@@ -96,7 +96,7 @@ def lines(found: DryRun) -> list[str]:
     rows = [("part", "GiB", "place", "phases")]
     for part in sorted(found.parts, key=lambda part: PLACES.index(part["place"])):
         phases = "all" if len(part["phases"]) == len(PHASES) else ", ".join(part["phases"])
-        rows.append((part["name"], _gib(part["bytes"]), part["place"], "" if part["place"] == "disk" else phases))
+        rows.append((part["name"], gib(part["bytes"]), part["place"], "" if part["place"] == "disk" else phases))
     out = [
         f"Model {found.model}: {found.weights['model']:,} weights, {found.weights['eligible']:,} of them to be scored. "
         + (f"Judge {found.judge}: {found.weights['judge']:,}." if found.weights["judge"] else "No judge model."),
@@ -106,27 +106,27 @@ def lines(found: DryRun) -> list[str]:
         f"Placement {s['placement']}, accumulators on {'host' if s['cpu'] else s['accumulate_on']}, "
         f"checkpointed layers {s['checkpointed']}.",
         "",
-        *_table(rows),
+        *table(rows),
         "",
     ]
     peaks: list[tuple[str, ...]] = [("peak, GiB", *PHASES, "available")]
     for place in PLACES[:3]:
         if any(found.peaks[place].values()):
-            room = _gib(_room(place, found.available))
-            peaks.append((place, *(_gib(found.peaks[place][phase]) for phase in PHASES), room))
+            room = gib(_room(place, found.available))
+            peaks.append((place, *(gib(found.peaks[place][phase]) for phase in PHASES), room))
     disk = max(found.peaks["disk"].values())
-    out += [*_table(peaks), "", f"Disk: {_gib(disk)} GiB needed, {_gib(found.available['disk'])} GiB free."]
+    out += [*table(peaks), "", f"Disk: {gib(disk)} GiB needed, {gib(found.available['disk'])} GiB free."]
     for lack in found.lacking:
         out.append(
-            f"The {lack['place']} is too small: {lack['phase']} needs {_gib(lack['bytes'])} GiB, the largest part of "
-            f"them, {lack['part']}, {_gib(lack['part_bytes'])}."
+            f"The {lack['place']} is too small: {lack['phase']} needs {gib(lack['bytes'])} GiB, the largest part of "
+            f"them, {lack['part']}, {gib(lack['part_bytes'])}."
         )
     out += ["It fits." if found.fits else f"It does not fit. {found.advice}", ""]
     work = [("work", "TFLOP", "GB moved", "time")]
     for entry in found.work:
         spent = "" if entry["seconds"] is None else duration(entry["seconds"])
         work.append((entry["name"], f"{entry['flops'] / 1e12:,.1f}", f"{entry['moved'] / 1e9:,.1f}", spent))
-    out += _table(work)
+    out += table(work)
     if found.seconds is None:
         out.append("Time: not known; the rates of a GPU that is not here cannot be measured.")
     else:
@@ -187,11 +187,12 @@ def _seconds(work: Work, rates: Rates) -> float:
     return max(products, work.moved / rates.memory) + work.linked / rates.link
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Bytes in GiB, two decimals."""
     return f"{size / 2**30:,.2f}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width, the first on the left, the rest on the right."""
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     return [

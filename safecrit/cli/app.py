@@ -51,9 +51,12 @@ EXAMPLES = {
     "spa": (
         f"safecrit spa {D}/models/aligned --mask {D}/masks/aligned_top_10.safetensors --data {D}/data/task.jsonl \\",
         "  --steps 50 --lr 1e-4 --batch-size 16 -o my-adapted",
+        f"safecrit spa {D}/models/aligned --mask {D}/masks/aligned_top_10.safetensors --data {D}/data/task.jsonl \\",
+        "  --use-peft --lora-r 8 --steps 50 --lr 1e-3 --batch-size 16 -o my-lora",
     ),
     "merge": (
-        f"safecrit merge {D}/models/aligned my-adapter --mask {D}/masks/aligned_top_10.safetensors -o my-merged",
+        f"safecrit merge {D}/models/aligned my-lora/safecrit/adapter --mask {D}/masks/aligned_top_10.safetensors \\",
+        "  -o my-merged",
     ),
     "apply": (f"safecrit apply {D}/models/base my-safer/safecrit/delta.safetensors -o my-copy",),
     "eval": (

@@ -68,10 +68,6 @@ Checkpoint = Annotated[
 Stability = Annotated[
     bool, typer.Option("--stability", help="Also compare halves of the prompts and two noise seeds (twice the time).")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would need, from config.json alone, and stop.")]
-GpuMemory = Annotated[
-    str | None, typer.Option("--gpu-memory", metavar="SIZE", help="With --dry-run: of a GPU, such as 24GiB.")
-]
 Reduction = Annotated[
     Literal["signed", "abs", "square"],
     typer.Option(
@@ -143,8 +139,8 @@ def score(
     judge_device: JudgeDevice = "auto",
     judge_dtype: JudgeDtype = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
-    dry_run: DryRun = False,
-    gpu_memory: GpuMemory = None,
+    dry_run: o.DryRun = False,
+    gpu_memory: o.GpuMemory = None,
     overwrite: o.Overwrite = False,
     config: o.Config = None,
     as_json: o.Json = False,
@@ -160,8 +156,6 @@ def score(
 
     sink = Sink(as_json=as_json, quiet=quiet)
     settings = o.resolved(context)
-    for transient in ("dry_run", "gpu_memory"):
-        del settings[transient]
     if dry_run:
         _dry_run(settings, gpu_memory, output or default_output("score", model), sink)
         return

@@ -11,7 +11,7 @@ from safecrit.cli import options as o
 from safecrit.cli.sink import Sink
 
 if TYPE_CHECKING:
-    from safecrit.lora import LoraSettings
+    from safecrit.api.train import LoraSettings
 
 Data = Annotated[str, typer.Option("--data", metavar="FILE", help="Training examples: JSONL, JSON, CSV or a Hub id.")]
 Retain = Annotated[
@@ -55,6 +55,10 @@ def set_(
     gradient_checkpointing: Checkpointing = False,
     save_steps: SaveSteps = 0,
     report_to: ReportTo = "none",
+    dry_run: o.DryRun = False,
+    gpu_memory: o.GpuMemory = None,
+    push_to_hub: o.PushToHub = None,
+    public: o.Public = False,
     seed: o.Seed = 0,
     revision: o.Revision = None,
     device: o.Device = "auto",
@@ -72,7 +76,7 @@ def set_(
     Every other weight keeps its bits; the files written are verified at the end.
     The default learning rate is the paper's; it moves weights very little.
     """
-    _run("set", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet))
+    _run("set", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet), context)
 
 
 def spa(
@@ -94,21 +98,31 @@ def spa(
     max_grad_norm: Norm = 1.0,
     max_length: Length = 2048,
     optim: Annotated[str, typer.Option("--optim", help="Any optimizer that TrainingArguments knows.")] = "adamw_torch",
-    use_peft: Annotated[
-        bool, typer.Option("--use-peft", help="Train a LoRA adapter, and merge it all but the masked weights.")
-    ] = False,
-    lora_r: Annotated[int | None, typer.Option("--lora-r", min=1, help="Rank. [default: 16]")] = None,
-    lora_alpha: Annotated[int | None, typer.Option("--lora-alpha", min=1, help="Scale x rank. [default: 32]")] = None,
-    lora_dropout: Annotated[
-        float | None, typer.Option("--lora-dropout", min=0, max=0.99, help="Adapter's dropout. [default: 0]")
-    ] = None,
-    lora_target_modules: Annotated[
-        str | None,
-        typer.Option("--lora-target-modules", metavar="NAMES", help="q_proj,v_proj, ... [default: all-linear]"),
-    ] = None,
     gradient_checkpointing: Checkpointing = False,
     save_steps: SaveSteps = 0,
     report_to: ReportTo = "none",
+    use_peft: Annotated[
+        bool, typer.Option("--use-peft", help="Train a LoRA adapter; merge it under the mask.")
+    ] = False,
+    lora_r: Annotated[int, typer.Option("--lora-r", min=1, help="Rank of the adapter.")] = 16,
+    lora_alpha: Annotated[int, typer.Option("--lora-alpha", min=1, help="Its scale is alpha / rank.")] = 32,
+    lora_dropout: Annotated[
+        float, typer.Option("--lora-dropout", min=0, max=0.99, help="Dropout of its input.")
+    ] = 0.05,
+    lora_target_modules: Annotated[
+        list[str] | None,
+        typer.Option("--lora-target-modules", help="Modules to adapt; repeatable. [default: all linear layers]"),
+    ] = None,
+    lora_target_parameters: Annotated[
+        list[str] | None,
+        typer.Option("--lora-target-parameters", help="Weights outside linear layers, such as experts; repeatable."),
+    ] = None,
+    use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = False,
+    use_dora: Annotated[bool, typer.Option("--use-dora", help="Weight-decomposed LoRA (DoRA).")] = False,
+    dry_run: o.DryRun = False,
+    gpu_memory: o.GpuMemory = None,
+    push_to_hub: o.PushToHub = None,
+    public: o.Public = False,
     seed: o.Seed = 0,
     revision: o.Revision = None,
     device: o.Device = "auto",
@@ -123,23 +137,29 @@ def spa(
 ) -> None:
     """Safety-preserving adaptation (SPA): fine-tune on a task with the masked weights frozen, bit for bit.
 
+    With --use-peft the base stays as it is while a LoRA adapter trains, and the merge leaves the masked weights out.
     The files written are verified at the end. Freezing slows the loss of safety
     down; it does not stop somebody who fine-tunes in order to break it.
     """
-    _run("spa", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet))
+    _run("spa", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet), context)
 
 
 def _run(
-    mode: Literal["set", "spa"], settings: dict[str, Any], output: Path | None, overwrite: bool, sink: Sink
+    mode: Literal["set", "spa"],
+    settings: dict[str, Any],
+    output: Path | None,
+    overwrite: bool,
+    sink: Sink,
+    context: typer.Context,
 ) -> None:
     from dataclasses import fields
 
-    from safecrit.api.train import TrainJob, check_inputs, headline, run_training
+    from safecrit.api.train import LoraSettings, TrainJob, check_inputs, headline, run_training
     from safecrit.errors import CheckFailed
+    from safecrit.hub import push
     from safecrit.outputs import default_output, open_output
     from safecrit.trainloop import TrainSettings
 
-    lora = _lora(settings)
     names = {field.name for field in fields(TrainSettings)}
     training = TrainSettings(**{key: value for key, value in settings.items() if key in names})
     own = {field.name for field in fields(TrainJob)} - {"mode", "settings", "mask", "lora"}
@@ -147,15 +167,25 @@ def _run(
         mode=mode,
         settings=training,
         mask=Path(settings["mask"]),
-        lora=lora,
+        lora=_lora(settings, LoraSettings) if settings.get("use_peft") else None,
         **{key: value for key, value in settings.items() if key in own},
     )
-    mask = check_inputs(job)
     path = output or default_output(mode, job.model)
+    if context.params["dry_run"]:
+        from dataclasses import asdict
+
+        from safecrit.api.traindryrun import dry_run, lines
+
+        found = dry_run(job, gpu_memory=context.params["gpu_memory"], output=path)
+        for line in lines(found):
+            sink.line(line)
+        sink.result(asdict(found))
+        return
+    mask = check_inputs(job)
     folder = open_output(path, mode, settings, overwrite=overwrite, inside="safecrit")
     if folder.resumed:
         sink.note(f"resuming the interrupted run in {folder.path}")
-    sink.line(headline(mask, mode) if lora is None else f"Training a LoRA adapter of rank {lora.r}, base frozen")
+    sink.line(headline(mask, mode, job.lora))
     outcome = run_training(job, folder.path, sink.progress)
     result, report = outcome.result, outcome.verified
     if outcome.skipped:
@@ -167,8 +197,6 @@ def _run(
         f"{result.tokens_per_second:,.0f} tokens/s; "
         f"{result.changed:,} weights changed, by {result.mean_sigma:.3g} sigma in the mean."
     )
-    if result.headline:
-        sink.line(f"{result.headline}.")
     sink.result(
         {
             "output": str(folder.path),
@@ -182,27 +210,15 @@ def _run(
     folder.finish()
     sink.line(report.message())
     sink.line(f"Output: {folder.path}")
+    if context.params["push_to_hub"]:
+        address = push(folder.path, context.params["push_to_hub"], public=context.params["public"])
+        sink.line(f"Uploaded: {address}")
 
 
-def _lora(settings: dict[str, Any]) -> LoraSettings | None:
-    """The adapter that `--use-peft` and the `--lora-` flags describe; an error where the flags stand alone."""
-    from safecrit.errors import SafecritError
-    from safecrit.lora import LoraSettings
-
-    given = {
-        name: settings[f"lora_{name}"]
-        for name in ("r", "alpha", "dropout", "target_modules")
-        if settings.get(f"lora_{name}") is not None
-    }
-    if not settings.get("use_peft"):
-        if given:
-            raise SafecritError(f"--lora-{next(iter(given)).replace('_', '-')}: does nothing without --use-peft.")
-        return None
-    defaults = LoraSettings()
-    targets = given.get("target_modules")
-    return LoraSettings(
-        r=given.get("r", defaults.r),
-        lora_alpha=given.get("alpha", defaults.lora_alpha),
-        lora_dropout=given.get("dropout", defaults.lora_dropout),
-        target_modules=tuple(name.strip() for name in targets.split(",")) if targets else defaults.target_modules,
-    )
+def _lora(settings: dict[str, Any], kind: type[LoraSettings]) -> LoraSettings:
+    """The settings of the adapter; lists that were not given keep their defaults."""
+    given = {name: settings[name] for name in ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
+    for name in ("lora_target_modules", "lora_target_parameters"):
+        if settings[name]:
+            given[name] = tuple(settings[name])
+    return kind(**given)
