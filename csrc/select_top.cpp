@@ -12,6 +12,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "pages.h"
+#include "select_args.h"
 #include "select_scan.h"
 
 namespace safecrit {
@@ -191,29 +193,7 @@ int histogram_range(const TopScan& scan, int64_t k, int64_t most_inside, Range<u
 
 int64_t check(const SelectTopArgs& args, const SelectTuning& tuning, int threads) {
     const auto refuse = [](const std::string& problem) { throw std::invalid_argument("select_top: " + problem); };
-    const auto aligned = [](const void* pointer, int64_t item) {
-        return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(item) == 0;
-    };
-    if (args.sizes.size() != args.data.size() || args.dtypes.size() != args.data.size()) {
-        refuse("as many pointers as sizes and dtypes are needed");
-    }
-    int64_t total = 0;
-    for (size_t i = 0; i < args.data.size(); ++i) {
-        const std::string where = "tensor " + std::to_string(i);
-        const int dtype = static_cast<int>(args.dtypes[i]);
-        if (dtype < 0 || dtype > 2) refuse(where + ": unknown dtype code " + std::to_string(dtype));
-        if (args.sizes[i] < 0) refuse(where + ": its size is negative");
-        if (args.sizes[i] > (int64_t{1} << 60) - total) refuse("more than 2^60 entries");
-        if (args.sizes[i] > 0 && args.data[i] == nullptr) refuse(where + ": null pointer");
-        if (!aligned(args.data[i], item_size(args.dtypes[i]))) refuse(where + ": misaligned pointer");
-        total += args.sizes[i];
-    }
-    if (args.k < 0 || args.k > total) {
-        refuse("k is " + std::to_string(args.k) + ", there are " + std::to_string(total) + " entries");
-    }
-    if (args.k > 0 && args.out == nullptr) refuse("null output");
-    if (!args.sizes.empty() && args.counts == nullptr) refuse("null counts");
-    if (!aligned(args.out, 8) || !aligned(args.counts, 8)) refuse("misaligned output");
+    const int64_t total = checked_total(args);
     if (threads < 1) refuse("threads must be at least 1");
     if (tuning.segment < 1 || tuning.segment > int64_t{1} << 30) refuse("segment must be 1 to 2^30");
     if (tuning.runs < 1 || tuning.run < 1 || tuning.runs > int64_t{1} << 24 || tuning.run > int64_t{1} << 24) {
@@ -236,6 +216,7 @@ SelectTopResult select_top_cpu(const SelectTopArgs& args, const SelectTuning& tu
         scan.pass({kInfinity, kInfinity, true}, total, 0);
         return {true, 0, 0, 0, scan.invalid, 1};
     }
+    prefer_huge_pages(args.out, static_cast<size_t>(args.k) * sizeof(int64_t));
 
     const int64_t most_inside = std::max(args.k, kStored);
     int passes = 0;

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from safecrit.api.memory import MemoryScores as MemoryScores
     from safecrit.api.memory import score as score
-    from safecrit.api.merge import merge as merge
+    from safecrit.masked import MaskedAdamW as MaskedAdamW
     from safecrit.maskfile import Mask as Mask
     from safecrit.protection import ProtectCallback as ProtectCallback
     from safecrit.protection import protect as protect
@@ -23,23 +23,23 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Mask": "safecrit.maskfile",
+    "MaskedAdamW": "safecrit.masked",
     "MemoryScores": "safecrit.api.memory",
     "ProtectCallback": "safecrit.protection",
     "Scores": "safecrit.scorefile",
     "SparseAdamW": "safecrit.sparse",
-    "merge": "safecrit.api.merge",
     "protect": "safecrit.protection",
     "score": "safecrit.api.memory",
     "verify": "safecrit.verification",
 }
 __all__ = [
     "Mask",
+    "MaskedAdamW",
     "MemoryScores",
     "ProtectCallback",
     "Scores",
     "SparseAdamW",
     "__version__",
-    "merge",
     "protect",
     "score",
     "verify",

@@ -109,6 +109,13 @@ def _select_random(backend: str, device: torch.device) -> str | None:
     return None if same else "selected other entries than the reference"
 
 
+def _gather(backend: str, device: torch.device) -> str | None:
+    values, indices = _made(1001), torch.arange(0, 1001, 3)
+    out = torch.ones(len(indices), device=device)
+    ops.gather_(out, values.to(device), indices.to(device), add=True, backend=backend)  # type: ignore[arg-type]
+    return _differ("out", out, 1 + values[indices], 0.0)
+
+
 def _adamw(backend: str, device: torch.device, *, masked: bool) -> str | None:
     weight, grad = _made(513), _made(513, seed=1)
     settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
@@ -147,6 +154,7 @@ _CHECKS: dict[str, Callable[[str, torch.device], str | None]] = {
     "matrix_std": _matrix_std,
     "select_top": _select_top,
     "select_random": _select_random,
+    "gather_": _gather,
     "sparse_adamw_": lambda backend, device: _adamw(backend, device, masked=False),
     "masked_adamw_": lambda backend, device: _adamw(backend, device, masked=True),
     "bits_from_indices": _bits,

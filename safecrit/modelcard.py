@@ -12,12 +12,17 @@ from safecrit import __version__
 from safecrit.movement import Moved
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
+LIMITS = "## Intended use and limits"
+FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What the card says. `base`: Hub id or folder of the base model. `mask_note`, `training`: a line on each."""
+    """What the card says. `base`: Hub id or folder of the base model. `mask_note`: one line on the mask.
+
+    `steps` and `learning_rate` are None where an adapter trained elsewhere was merged. `peak_memory` in bytes, 0 where
+    not known.
+    """
 
     mode: str
     base: str
@@ -26,12 +31,16 @@ class CardFacts:
     fingerprint: str
     mask_note: str
     headline: str
-    training: str
+    steps: int | None
+    learning_rate: float | None
+    final_loss: float | None
     mean_sigma: float
     changed: int
     moved: Sequence[Moved]
     warnings: Sequence[str]
     delta_only: bool = False
+    tokens_per_second: float = 0.0
+    peak_memory: int = 0
 
 
 def base_licence(folder: Path) -> str | None:
@@ -40,7 +49,7 @@ def base_licence(folder: Path) -> str | None:
         text = (folder / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
-    front = _FRONT_MATTER.match(text)
+    front = FRONT_MATTER.match(text)
     declared = re.search(r"^license:[ \t]*(\S+)[ \t]*$", front.group(1), re.MULTILINE) if front else None
     return declared.group(1).strip("'\"") if declared else None
 
@@ -56,6 +65,11 @@ def model_card(facts: CardFacts) -> str:
         front.append(f"license: {json.dumps(facts.licence)}")
     front += ["tags:", "- safecrit", f"- safecrit-{facts.mode}", "---"]
     revision = f", revision `{facts.revision}`" if facts.revision else ""
+    loss = f", last loss {facts.final_loss:.4g}" if facts.final_loss is not None else ""
+    steps = "" if facts.steps is None else f" {facts.steps} steps, learning rate {facts.learning_rate:g}{loss}."
+    if facts.tokens_per_second:
+        memory = f", {facts.peak_memory / 2**30:.2f} GiB of memory at the peak" if facts.peak_memory else ""
+        steps += f" {facts.tokens_per_second:,.0f} tokens a second{memory}."
     parts = [
         "\n".join(front),
         f"# {name}, {'safety-tuned (SET)' if facts.mode == 'set' else 'adapted with protected weights (SPA)'}",
@@ -66,7 +80,7 @@ def model_card(facts: CardFacts) -> str:
                 f"- Base model: `{name}`{revision}, fingerprint `{facts.fingerprint}`.",
                 f"- Licence: {facts.licence or 'not declared by the base model'}; the base model's terms apply.",
                 f"- {facts.mask_note}",
-                f"- {facts.headline}. {facts.training}",
+                f"- {facts.headline}.{steps}",
                 f"- Made with safecrit {__version__}. All settings: `safecrit/training.json`.",
                 "- Check: `safecrit verify THIS_FOLDER --base BASE --mask MASK "
                 f"--mode {facts.mode}` compares the files bit by bit.",
@@ -77,7 +91,7 @@ def model_card(facts: CardFacts) -> str:
         "(sigma: standard deviation of the weight's matrix in the base model).",
         moved_table(facts.moved),
         *[f"> **Warning:** {warning}" for warning in facts.warnings],
-        "## Intended use and limits",
+        LIMITS,
         "For research on where safety behaviour sits in a model's weights. Measure it on your own prompts before use: "
         "attack success, over-refusal and utility (`safecrit eval`). Freezing or tuning safety-critical weights does "
         "not stop a determined attack by fine-tuning, and a mask also shows what to remove.",
@@ -86,14 +100,15 @@ def model_card(facts: CardFacts) -> str:
 
 
 def _purpose(facts: CardFacts, name: str) -> str:
-    stored = " This folder holds only the changed values; `safecrit apply` puts them into the base model."
-    done = (
-        f"`{name}` fine-tuned on a task; the weights that its mask selects are bit-identical to the base model's."
-        if facts.mode == "spa"
-        else f"`{name}` with only the weights that its mask selects trained, on refusals; all others are bit-identical "
-        "to the base model's."
+    if facts.mode == "spa":
+        return (
+            f"`{name}` fine-tuned on a task; the weights that its mask selects are bit-identical to the base model's."
+        )
+    stored = "This folder holds only the changed values; `safecrit apply` puts them into the base model. "
+    return (
+        f"`{name}` with only the weights that its mask selects trained, on refusals; all others are bit-identical to "
+        f"the base model's. {stored if facts.delta_only else ''}".rstrip()
     )
-    return done + (stored if facts.delta_only else "")
 
 
 def moved_table(rows: Sequence[Moved]) -> str:

@@ -3,7 +3,8 @@
 Two steps make that true. A hook zeroes the gradient at the selected entries as soon as
 it exists, which is before anyone clips, so frozen entries take no part in the norm or in
 an optimizer's statistics. After the optimizer's step the selected entries are put back
-from a saved copy, so weight decay, momentum and rounding cannot move them.
+from a saved copy, so weight decay, momentum and rounding cannot move them. `MaskedAdamW`
+leaves them out of its step instead.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import TrainerCallback
 
 from safecrit.anatomy import read_anatomy
 from safecrit.errors import SafecritError
+from safecrit.masked import MaskedAdamW
 from safecrit.placement import check_parameter, place, refuse_adapters, refuse_deepspeed, unwrap
 
 if TYPE_CHECKING:
@@ -44,11 +46,14 @@ class Protection:
         self._steps = 0
         self._saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._hooks: list[RemovableHandle] = []
+        self._masked = optimizer if isinstance(optimizer, MaskedAdamW) else None
         for name, indices in placed.items():
             parameter = parameters[name]
             check_parameter(name, parameter)
             indices = indices.to(parameter.device)
             self._saved.append((parameter, indices, parameter.detach().reshape(-1).index_select(0, indices)))
+            if self._masked is not None:
+                self._masked.freeze(parameter, indices)
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(_zero, indices)))
         self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._after_step()))
@@ -66,7 +71,8 @@ class Protection:
 
     def _after_step(self) -> None:
         self._steps += 1
-        self.restore()
+        if self._masked is None:
+            self.restore()
 
     def check(self, *, stepped: bool = True) -> None:
         """SafecritError where a selected weight has moved, or where training `stepped` and the optimizer did not."""
@@ -85,6 +91,8 @@ class Protection:
         for handle in self._hooks:
             handle.remove()
         self._hooks = []
+        if self._masked is not None:
+            self._masked.thaw()
 
 
 def protect(model: Any, mask: Mask, optimizer: torch.optim.Optimizer) -> Protection:

@@ -123,11 +123,14 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def _take(self, i: int, parameter: torch.Tensor) -> None:
         """Keep the selected entries of a gradient that has just been computed, and free it."""
+        from safecrit import ops
+
         assert parameter.grad is not None
-        picked = parameter.grad.reshape(-1).index_select(0, self._indices[i]).float()
+        gradient, indices, before = parameter.grad, self._indices[i], self._buffers[i]
         parameter.grad = None
-        buffer = self._buffers[i]
-        self._buffers[i] = picked if buffer is None else buffer.add_(picked)
+        buffer = torch.empty(len(indices), device=gradient.device) if before is None else before
+        ops.gather_(buffer, gradient, indices, add=before is not None, backend=self._backend)
+        self._buffers[i] = buffer
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients gathered since the last step."""

@@ -12,7 +12,7 @@ float32). What is written has the checkpoint's dtypes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ from safecrit.anatomy import Anatomy, read_anatomy
 from safecrit.errors import SafecritError
 from safecrit.files import StoredTensor, checkpoint_tensors
 from safecrit.fingerprint import Changes, accepted_fingerprints
-from safecrit.lora import LoraSettings, adapt, check_adapter, check_dtype, load_adapter, merge_adapter, save_adapter
 from safecrit.mixture import Mixture, mix
 from safecrit.models import LoadedModel
 from safecrit.movement import NEGLIGIBLE, Moved, Movement
@@ -38,7 +37,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run did. `changes`: SET's new values by checkpoint tensor; None for SPA, whose model holds them."""
+    """What a run did. `changes`: SET's new values by checkpoint tensor; None for SPA, whose model holds them.
+
+    `adapter` and `headline` describe the LoRA adapter that SPA trained, where it trained one.
+    """
 
     mode: str
     settings: TrainSettings
@@ -54,9 +56,10 @@ class TrainResult:
     moved: list[Moved]
     changed: int
     mean_sigma: float
-    lora: LoraSettings | None = None
     changes: Changes | None = field(default=None, repr=False)
     warnings: list[str] = field(default_factory=list)
+    adapter: dict[str, Any] | None = None
+    headline: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -64,27 +67,9 @@ class TrainResult:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergeResult:
-    """What merging an adapter did: `trained` weights lie in the tensors it changed and outside the mask."""
-
-    adapter: str
-    adapter_config: dict[str, Any]
-    trained: int
-    total: int
-    parents: list[str]
-    moved: list[Moved]
-    changed: int
-    mean_sigma: float
-    warnings: list[str]
-
-
-def headline(mask: Mask, mode: str, lora: LoraSettings | None = None) -> str:
-    """`Training K of N weights (share), rest frozen`, for `set` or `spa`; by `lora`, what its merge leaves out."""
+def headline(mask: Mask, mode: str) -> str:
+    """`Training K of N weights (share), rest frozen`, for `set` or `spa`."""
     total = mask.info.total
-    if lora is not None:
-        share = f"{mask.count:,} of {total:,} weights ({100 * mask.count / total:.4g} %)"
-        return f"Training a {lora}; its merge leaves {share} as they are"
     trained = mask.count if mode == "set" else total - mask.count
     return f"Training {trained:,} of {total:,} weights ({100 * trained / total:.4g} %), rest frozen"
 
@@ -121,7 +106,7 @@ def run_set(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm or None,
     )
-    data = _data(loaded, examples, retain_examples or (), retain_share, settings)
+    data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
     stored = _stored(loaded, mask.indices)
     try:
         record = train(loaded, data, settings, progress, checkpoints, optimizer=optimizer)
@@ -145,30 +130,15 @@ def run_spa(
     *,
     checkpoints: Path | None = None,
     allow_other_weights: bool = False,
-    lora: LoraSettings | None = None,
-    adapter: Path | None = None,
 ) -> TrainResult:
-    """Train every weight but those that `mask` selects, which stay bit-identical. Arguments and errors: `run_set`.
-
-    With `lora`, train an adapter of these settings instead and merge it, but for the
-    selected weights; the adapter itself is saved to the folder `adapter`, where given.
-    """
+    """Train every weight but those that `mask` selects, which stay bit-identical. Arguments and errors: `run_set`."""
     settings = settings or TrainSettings(max_steps=1000)
     anatomy, parents = _check(loaded, mask, allow_other_weights)
     stored, maps = _stored(loaded, anatomy.tensors), MappedFiles()
-    check_dtype(loaded, anatomy, stored)
     if not mask.count:
         raise SafecritError("the mask selects no weight of this model, so nothing would be protected.")
-    data = _data(loaded, examples, retain_examples or (), retain_share, settings)
-    if lora is not None:
-        adapted = adapt(loaded, lora, settings.seed)
-        record = train(replace(loaded, model=adapted), data, settings, progress, checkpoints)
-        if adapter is not None:
-            save_adapter(adapted, adapter)
-        movement = merge_adapter(adapted, mask, anatomy, stored)
-        trained = sum(row.trained for row in movement.table())
-        return _result("spa", settings, trained, anatomy, record, data, parents, movement, None, lora)
     loaded.model.float()
+    data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
     record = train(loaded, data, settings, progress, checkpoints, callback=ProtectCallback(mask))
     movement = Movement()
     parameters = dict(loaded.model.named_parameters())
@@ -177,32 +147,6 @@ def run_spa(
         new = tensor.source.of(parameters[tensor.parameter].detach()).to("cpu", base.dtype).contiguous()
         movement.add(tensor.layout, base, new, frozen=mask.indices.get(name))
     return _result("spa", settings, anatomy.total - mask.count, anatomy, record, data, parents, movement, None)
-
-
-def run_merge(loaded: LoadedModel, mask: Mask, adapter: Path, *, allow_other_weights: bool = False) -> MergeResult:
-    """Merge the LoRA adapter in the folder `adapter` into `loaded.model`, in place, but for the weights in `mask`.
-
-    Raises MismatchError where mask or adapter do not fit the model, SafecritError for
-    adapters that cannot be merged under a mask.
-    """
-    anatomy, parents = _check(loaded, mask, allow_other_weights)
-    stored = _stored(loaded, anatomy.tensors)
-    check_dtype(loaded, anatomy, stored)
-    if not mask.count:
-        raise SafecritError("the mask selects no weight of this model, so nothing would be protected.")
-    movement = merge_adapter(load_adapter(loaded, adapter), mask, anatomy, stored, where=str(adapter))
-    table = movement.table()
-    return MergeResult(
-        adapter=adapter.name,
-        adapter_config=check_adapter(adapter),
-        trained=sum(row.trained for row in table),
-        total=anatomy.total,
-        parents=parents,
-        moved=table,
-        changed=movement.changed,
-        mean_sigma=movement.mean_sigma,
-        warnings=_negligible(movement, "the adapter moves the weights", "Was it trained?"),
-    )
 
 
 def _check(loaded: LoadedModel, mask: Mask, allow_other_weights: bool) -> tuple[Anatomy, list[str]]:
@@ -224,13 +168,14 @@ def _stored(loaded: LoadedModel, names: Iterable[str]) -> dict[str, StoredTensor
     return stored
 
 
-def _data(
+def training_data(
     loaded: LoadedModel,
     examples: Sequence[TrainExample],
     retain: Sequence[TrainExample],
     share: float,
     settings: TrainSettings,
 ) -> Mixture:
+    """The examples of a whole run in their order; SafecritError where there are none."""
     if not examples:
         raise SafecritError("there are no training examples.")
     window = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
@@ -245,12 +190,6 @@ def _data(
     )
 
 
-def _negligible(movement: Movement, what: str, advice: str) -> list[str]:
-    if movement.mean_sigma >= NEGLIGIBLE:
-        return []
-    return [f"{what} by {movement.mean_sigma:.2g} sigma in the mean, which is negligible. {advice}"]
-
-
 def _result(
     mode: str,
     settings: TrainSettings,
@@ -261,13 +200,14 @@ def _result(
     parents: list[str],
     movement: Movement,
     changes: Changes | None,
-    lora: LoraSettings | None = None,
 ) -> TrainResult:
-    warnings = _negligible(movement, "the trained weights moved", "Raise --learning-rate or --max-steps.")
-    if data.truncated:
-        warnings.append(f"{data.truncated} of {data.distinct} examples were cut to the length allowed (--max-length).")
-    if data.cut_away:
-        warnings.append(f"{data.cut_away} examples were left out: the cut took all of their answer.")
+    warnings = []
+    if movement.mean_sigma < NEGLIGIBLE:
+        warnings.append(
+            f"the trained weights moved by {movement.mean_sigma:.2g} sigma in the mean, which is negligible. "
+            "Raise --learning-rate or --max-steps."
+        )
+    warnings += training_warnings(data)
     return TrainResult(
         mode=mode,
         settings=settings,
@@ -283,7 +223,16 @@ def _result(
         moved=movement.table(),
         changed=movement.changed,
         mean_sigma=movement.mean_sigma,
-        lora=lora,
         changes=changes,
         warnings=warnings,
     )
+
+
+def training_warnings(data: Mixture) -> list[str]:
+    """What the user should know of the examples: how many were cut, and how many left out."""
+    warnings = []
+    if data.truncated:
+        warnings.append(f"{data.truncated} of {data.distinct} examples were cut to the length allowed (--max-length).")
+    if data.cut_away:
+        warnings.append(f"{data.cut_away} examples were left out: the cut took all of their answer.")
+    return warnings

@@ -20,11 +20,12 @@ from safecrit.checkpoint import rewrite
 from safecrit.delta import make_delta
 from safecrit.errors import SafecritError
 from safecrit.files import checkpoint_tensors, write_json, write_text
+from safecrit.fingerprint import Changes
 from safecrit.modelcard import CardFacts, base_licence, model_card
 from safecrit.models import LoadedModel
 from safecrit.movement import rows_to_json
 from safecrit.tensorfile import DTYPES
-from safecrit.training import MergeResult, TrainResult, headline
+from safecrit.training import TrainResult, headline
 
 if TYPE_CHECKING:
     from safecrit.maskfile import Mask
@@ -46,7 +47,8 @@ def write_set_output(
     Always written: README.md and `safecrit/training.json`. Raises SafecritError for
     another `save`, and where `out` already holds a model and `overwrite` is off.
     """
-    _check_save(save)
+    if save not in SAVE:
+        raise SafecritError(f"--save {save}: unknown. Use {', '.join(SAVE)}.")
     assert result.changes is not None
     out, written = Path(out), []
     info = _document(loaded, mask, result)
@@ -61,152 +63,93 @@ def write_set_output(
 
 
 def write_spa_output(
-    loaded: LoadedModel, mask: Mask, out: str | Path, result: TrainResult, *, overwrite: bool = False
-) -> list[Path]:
-    """Write SPA's result, the weights that `loaded.model` holds now, to the folder `out`; the files written."""
-    out = Path(out)
-    written = _own_files(loaded, mask, out, result, _document(loaded, mask, result))
-    return written + rewrite(loaded.folder, out, ModelWeights(loaded), overwrite=overwrite)
-
-
-def write_merge_output(
     loaded: LoadedModel,
     mask: Mask,
     out: str | Path,
-    result: MergeResult,
-    save: str = "model",
+    result: TrainResult,
     *,
+    weights: Changes | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write a merged model, the weights that `loaded.model` holds now, to the folder `out`; arguments as for SET.
-
-    A delta of a merge holds every weight that the adapter moved, at about five times
-    the size of those weights.
-    """
-    _check_save(save)
-    out, written = Path(out), []
-    info = _common(loaded, mask, result) | {"mode": "merge", "adapter": result.adapter, "lora": result.adapter_config}
-    weights = ModelWeights(loaded)
-    if save != "model":
-        delta = make_delta(loaded.folder, weights, info={"mode": "merge", "model": _name(loaded.id)})
-        delta.save(out / "safecrit" / "delta.safetensors")
-        written.append(out / "safecrit" / "delta.safetensors")
-    config = result.adapter_config
-    said = f"The LoRA adapter `{result.adapter}` merged, but for the weights that the mask selects"
-    training = f"Rank {config.get('r')}, alpha {config.get('lora_alpha')}."
-    facts = _facts(loaded, mask, result, mode="spa", headline=said, training=training, delta_only=save == "delta")
-    written += _write_own(out, facts, info)
-    if save != "delta":
-        written += rewrite(loaded.folder, out, weights, overwrite=overwrite)
-    return written
+    """Write SPA's result to the folder `out`: `weights`, or all that `loaded.model` holds now; the files written."""
+    out = Path(out)
+    written = _own_files(loaded, mask, out, result, _document(loaded, mask, result))
+    changes = ModelWeights(loaded) if weights is None else weights
+    return written + rewrite(loaded.folder, out, changes, overwrite=overwrite)
 
 
 class ModelWeights(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
-    """Every weight of a model in memory as changes to its checkpoint, made one tensor at a time when asked for."""
+    """Every weight of a model in memory as changes to its checkpoint, made one tensor at a time when asked for.
+
+    `tensors`: where each checkpoint tensor lies in the model; a tied copy has the anatomy's entry of its original.
+    """
 
     def __init__(self, loaded: LoadedModel) -> None:
         """Pair the checkpoint's tensors with the model's; a stored copy of a tied tensor follows the tensor."""
         anatomy = read_anatomy(loaded.model)
         self._stored = checkpoint_tensors(loaded.folder)
         self._parameters = dict(loaded.model.named_parameters())
-        self._tensors = dict(anatomy.tensors)
+        self.tensors = dict(anatomy.tensors)
         by_parameter = {tensor.parameter: tensor for tensor in anatomy.tensors.values()}
         for copy, target in (getattr(loaded.model, "all_tied_weights_keys", None) or {}).items():
-            if copy in self._stored and copy not in self._tensors and target in by_parameter:
-                self._tensors[copy] = by_parameter[target]
+            if copy in self._stored and copy not in self.tensors and target in by_parameter:
+                self.tensors[copy] = by_parameter[target]
 
     def __getitem__(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """All flat indices (int64 [n]) and all values ([n], the checkpoint's dtype, on the CPU) of one tensor."""
-        tensor = self._tensors[name]
+        tensor = self.tensors[name]
         dtype = DTYPES[self._stored[name].dtype] if name in self._stored else None
         values = tensor.source.of(self._parameters[tensor.parameter].detach()).to("cpu", dtype).reshape(-1)
         return torch.arange(values.numel()), values
 
     def __iter__(self) -> Iterator[str]:
         """Names of the tensors."""
-        return iter(self._tensors)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
         """Number of tensors."""
-        return len(self._tensors)
-
-
-def _check_save(save: str) -> None:
-    if save not in SAVE:
-        raise SafecritError(f"--save {save}: unknown. Use {', '.join(SAVE)}.")
+        return len(self.tensors)
 
 
 def _own_files(
     loaded: LoadedModel, mask: Mask, out: Path, result: TrainResult, info: dict[str, Any], *, delta_only: bool = False
 ) -> list[Path]:
-    loss = f", last loss {result.losses[-1]:.4g}" if result.losses else ""
-    training = f"{len(result.losses)} steps, learning rate {result.settings.learning_rate:g}{loss}."
-    said = headline(mask, result.mode, result.lora)
-    facts = _facts(loaded, mask, result, mode=result.mode, headline=said, training=training, delta_only=delta_only)
-    return _write_own(out, facts, info)
-
-
-def _write_own(out: Path, facts: CardFacts, info: dict[str, Any]) -> list[Path]:
-    write_text(out / "README.md", model_card(facts))
+    settings, losses = result.settings, result.losses
+    card = model_card(
+        CardFacts(
+            mode=result.mode,
+            base=loaded.id,
+            revision=loaded.revision,
+            licence=base_licence(loaded.folder),
+            fingerprint=result.parents[0],
+            mask_note=f"Mask: {mask.info.mode}, {mask.count:,} of {mask.info.total:,} weights.",
+            headline=result.headline or headline(mask, result.mode),
+            steps=len(losses),
+            learning_rate=settings.learning_rate,
+            final_loss=losses[-1] if losses else None,
+            mean_sigma=result.mean_sigma,
+            changed=result.changed,
+            moved=result.moved,
+            warnings=result.warnings,
+            delta_only=delta_only,
+            tokens_per_second=result.tokens_per_second,
+            peak_memory=result.peak_memory,
+        )
+    )
+    write_text(out / "README.md", card)
     write_json(out / "safecrit" / "training.json", info)
     return [out / "README.md", out / "safecrit" / "training.json"]
 
 
-def _facts(
-    loaded: LoadedModel,
-    mask: Mask,
-    result: TrainResult | MergeResult,
-    *,
-    mode: str,
-    headline: str,
-    training: str,
-    delta_only: bool,
-) -> CardFacts:
-    return CardFacts(
-        mode=mode,
-        base=loaded.id,
-        revision=loaded.revision,
-        licence=base_licence(loaded.folder),
-        fingerprint=result.parents[0],
-        mask_note=f"Mask: {mask.info.mode}, {mask.count:,} of {mask.info.total:,} weights.",
-        headline=headline,
-        training=training,
-        mean_sigma=result.mean_sigma,
-        changed=result.changed,
-        moved=result.moved,
-        warnings=result.warnings,
-        delta_only=delta_only,
-    )
-
-
-def _common(loaded: LoadedModel, mask: Mask, result: TrainResult | MergeResult) -> dict[str, Any]:
-    return {
-        "format": "safecrit-training",
-        "version": 1,
-        "safecrit": __version__,
-        "base": {"id": _name(loaded.id), "revision": loaded.revision, "fingerprint": result.parents[0]},
-        "parents": result.parents,
-        "mask": {
-            "mode": mask.info.mode,
-            "count": mask.count,
-            "fingerprint": mask.info.fingerprint,
-            "judge": mask.info.scoring.get("judge"),
-            "prompt_hashes": mask.info.prompt_hashes,
-        },
+def _document(loaded: LoadedModel, mask: Mask, result: TrainResult) -> dict[str, Any]:
+    return provenance(loaded, mask, result.mode, result.parents) | {
+        "settings": asdict(result.settings),
+        "adapter": result.adapter,
         "trained": result.trained,
         "total": result.total,
         "changed": result.changed,
         "mean_sigma": result.mean_sigma,
         "moved": rows_to_json(result.moved),
-        "warnings": result.warnings,
-    }
-
-
-def _document(loaded: LoadedModel, mask: Mask, result: TrainResult) -> dict[str, Any]:
-    return _common(loaded, mask, result) | {
-        "mode": result.mode,
-        "settings": asdict(result.settings),
-        "lora": None if result.lora is None else asdict(result.lora),
         "losses": result.losses,
         "grad_norms": result.grad_norms,
         "data": {
@@ -220,6 +163,26 @@ def _document(loaded: LoadedModel, mask: Mask, result: TrainResult) -> dict[str,
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_bytes": result.peak_memory,
+        "warnings": result.warnings,
+    }
+
+
+def provenance(loaded: LoadedModel, mask: Mask, mode: str, parents: list[str]) -> dict[str, Any]:
+    """The head of `training.json`: what was made, from which model, under which mask."""
+    return {
+        "format": "safecrit-training",
+        "version": 1,
+        "safecrit": __version__,
+        "mode": mode,
+        "base": {"id": _name(loaded.id), "revision": loaded.revision, "fingerprint": parents[0]},
+        "parents": parents,
+        "mask": {
+            "mode": mask.info.mode,
+            "count": mask.count,
+            "fingerprint": mask.info.fingerprint,
+            "judge": mask.info.scoring.get("judge"),
+            "prompt_hashes": mask.info.prompt_hashes,
+        },
     }
 
 

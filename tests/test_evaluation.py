@@ -24,6 +24,7 @@ from safecrit.results import (
     compare,
     judges_agree,
     results_json,
+    summarise,
     write_evaluation,
 )
 
@@ -86,8 +87,28 @@ def evaluation(**settings: Any) -> Evaluation:
     return Evaluation(models=models, settings=chosen, judge={"name": "guard"}, baseline="model-0", extra={"seed": 0})
 
 
+def newcombe(own: pd.Series, other: pd.Series) -> tuple[float, float]:
+    """Newcombe's method 10 for a paired difference of shares, from scipy's Wilson intervals."""
+    n, a, b, c, d = len(own), *(int((x & y).sum()) for x in (own, ~own) for y in (other, ~other))
+    one, two = (binomtest(int(x.sum()), n).proportion_ci(method="wilson") for x in (own, other))
+    margins = (a + b) * (c + d) * (a + c) * (b + d)
+    cross = a * d - b * c
+    phi = (max(cross - n / 2, 0) if cross > 0 else cross) / margins**0.5 if margins else 0.0
+    p, q = own.mean(), other.mean()
+    down = (p - one.low) ** 2 - 2 * phi * (p - one.low) * (two.high - q) + (two.high - q) ** 2
+    up = (one.high - p) ** 2 - 2 * phi * (one.high - p) * (q - two.low) + (q - two.low) ** 2
+    return p - q - down**0.5, p - q + up**0.5
+
+
 def test_every_number_follows_from_the_samples(tmp_path: Path) -> None:
-    write_evaluation(tmp_path, evaluation())
+    harmful_prompts = [replace(p, category="ab"[p.row % 2]) for p in SETS.harmful]
+    made = evaluation()
+    models = [judged_by(model, harmful_prompts, RefusalJudge(), made.settings) for model in made.models]
+    by_category = [replace(s, category="ab"[s.row % 2]) for model in models for s in model.samples]
+    models = [
+        summarise(model.name, [s for s in by_category if s.model == model.name], made.settings) for model in models
+    ]
+    write_evaluation(tmp_path, replace(made, models=models))
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     rows = pd.read_json(tmp_path / "samples.jsonl", lines=True, dtype=False)
     assert len(rows) == 3 * 130
@@ -115,7 +136,18 @@ def test_every_number_follows_from_the_samples(tmp_path: Path) -> None:
         failures = figures.pop("judge_failures")
         expect(failures.pop("harmful"), harmful.verdict == "error")
         expect(failures.pop("benign"), benign.verdict == "error")
-        assert (failures, figures.pop("asr_by_category"), figures) == ({}, {}, {})
+        expect(failures.pop("harmful, refusal"), harmful.others.map(lambda said: said["refusal"] == "error"))
+        categories = figures.pop("asr_by_category")
+        for category, found in judged.groupby("category"):
+            expect(categories.pop(category), found.verdict == "unsafe")
+        second = figures.pop("judges").pop("refusal")
+        said, both = harmful.others.map(lambda o: o["refusal"]), harmful.verdict != "error"
+        expect(second["asr"], said == "unsafe")
+        first, other = judged.verdict == "unsafe", said[both] == "unsafe"
+        expect(second["agreement"], first == other)
+        chance = first.mean() * other.mean() + (1 - first.mean()) * (1 - other.mean())
+        assert second["kappa"] == pytest.approx(((first == other).mean() - chance) / (1 - chance))
+        assert (failures, categories, figures) == ({}, {}, {})
 
     assert [(row["model"], row["figure"]) for row in results["paired"]] == [
         (name, figure) for name in ("model-1", "model-2") for figure in ("asr", "refusal", "over_refusal", "utility")
@@ -126,6 +158,7 @@ def test_every_number_follows_from_the_samples(tmp_path: Path) -> None:
         assert (row["model_only"], row["baseline_only"], row["n"]) == (only, baseline_only, len(own))
         assert (row["both"], row["neither"]) == (int((own & other).sum()), int((~own & ~other).sum()))
         assert row["difference"] == pytest.approx(own.mean() - other.mean())
+        assert (row["low"], row["high"]) == pytest.approx(newcombe(own, other), abs=1e-12)
         assert row["p"] == (binomtest(only, only + baseline_only).pvalue if only + baseline_only else 1.0)
     assert results["prompts"]["harmful"] == {"count": 60, "hashes": [prompt.hash for prompt in SETS.harmful]}
     assert results["settings"]["seed"] == 0

@@ -112,6 +112,25 @@ def test_bfloat16_follows_a_float32_master() -> None:
     torch.testing.assert_close(optimizer.state[parameter]["master"], weight.detach(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # by torch's compiler
+def test_blocks_that_are_compiled_train_as_the_others() -> None:
+    model, twin = build("llama"), build("llama")
+    mask = random_mask(model, 0.05)
+    optimizer, reference = SparseAdamW(model, mask, lr=1e-3), SparseAdamW(twin, mask, lr=1e-3)
+    for block in model.model.layers:
+        block.compile(backend="aot_eager")
+    for step in range(3):
+        backward(model, step)
+        backward(twin, step)
+        optimizer.step()
+        reference.step()
+    assert optimizer.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5) and optimizer.grad_norm > 0
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=0, atol=1e-6)
+
+
 def test_unselected_parameters_need_no_gradient_until_closed() -> None:
     model = build("llama")
     mask = random_mask(model, 0.05)

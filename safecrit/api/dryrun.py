@@ -12,6 +12,7 @@ import torch
 from safecrit.account import PHASES, Account, Place, Work, largest_batches
 from safecrit.api.scorejob import ScoreJob
 from safecrit.api.survey import survey
+from safecrit.costs import moved
 from safecrit.machine import Rates, probe
 from safecrit.metamodel import ModelShape
 from safecrit.progress import duration
@@ -27,7 +28,8 @@ class DryRun:
     phase. available: by place; a judge on a device of its own has what the model's has. lacking: of each place that
     is too small the fullest phase, its bytes, and its largest part. best: the largest batch sizes that fit, None
     where none does. advice: what to lower, "" where all fits. work: name, flops, bytes moved, seconds. `seconds` is
-    None where the machine's rates are not known. first_prompt: as the model reads it.
+    None where the machine's rates are not known, and so is `mask_seconds`, of selecting the top 1 % of the scores on a
+    CPU, from files that its memory holds. first_prompt: as the model reads it.
     """
 
     model: str
@@ -44,6 +46,7 @@ class DryRun:
     advice: str
     work: list[dict[str, Any]]
     seconds: float | None
+    mask_seconds: float | None
     first_prompt: str
 
 
@@ -86,6 +89,7 @@ def dry_run(
         advice=_advice(model, judge, account, best, available) if lacking else "",
         work=work,
         seconds=sum(spent) if spent is not None else None,
+        mask_seconds=_mask_seconds(model, rates) if rates is not None and account.plan.cpu else None,
         first_prompt=found.first_prompt,
     )
 
@@ -133,6 +137,9 @@ def lines(found: DryRun) -> list[str]:
         out.append(
             f"Time: about {duration(found.seconds)} at this machine's measured rates; answers as long as allowed."
         )
+    if found.mask_seconds is not None:
+        spent = duration(max(1.0, found.mask_seconds))
+        out.append(f"`mask --top 1%` of these scores then takes about {spent} where memory holds their files.")
     return [*out, "", "The first prompt, as the model reads it:", found.first_prompt]
 
 
@@ -185,6 +192,11 @@ def _seconds(work: Work, rates: Rates) -> float:
     """Products and memory traffic of one kind of work overlap; copies over the link are taken not to."""
     products = work.flops / rates.flops + work.flops32 / rates.flops32
     return max(products, work.moved / rates.memory) + work.linked / rates.link
+
+
+def _mask_seconds(model: ModelShape, rates: Rates) -> float:
+    """Of `select_top` at 1 %, by the cost model."""
+    return moved("select_top", model.eligible, model.eligible / 100) / rates.memory
 
 
 def gib(size: float) -> str:

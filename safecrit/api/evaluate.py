@@ -117,12 +117,24 @@ def check_inputs(job: EvalJob) -> None:
         raise SafecritError(f"--judge {repeated[0]}: is given twice. Name each judge once.")
 
 
+def find_cards(job: EvalJob) -> dict[str, Path]:
+    """The model cards of those models of the job that set, spa or merge made, by the model's name in the results."""
+    found = {
+        name: Path(source) / "README.md"
+        for name, source in _names(job).items()
+        if (Path(source) / "safecrit" / "training.json").is_file() and (Path(source) / "README.md").is_file()
+    }
+    if not found:
+        raise SafecritError("--card: none of the models is an output folder of set, spa or merge with its README.md.")
+    return found
+
+
 def run_eval(job: EvalJob, report: Reporter = quiet_reporter, folder: Path | None = None) -> Evaluation:
     """Evaluate every model of the job on the same prompts; `folder` keeps the answers of an unfinished run."""
     prompts = read_eval_prompts(job)
     kept = KeptAnswers(folder, prompts, job.generation)
     asked = _given(job, prompts) if job.answers else _ask_models(job, prompts, kept, report)
-    judge, refusals = load_judge(job.judge), RefusalJudge()
+    judge, refusals = load_judge(job.judge), RefusalJudge(job.judge.patterns)
     results = {
         name: evaluate_model(
             name,
@@ -164,6 +176,7 @@ def run_eval(job: EvalJob, report: Reporter = quiet_reporter, folder: Path | Non
             "samples": job.generation.samples,
             "prefill": job.generation.prefill,
             "seed": job.generation.seed,
+            **({"refusal_patterns": list(job.judge.patterns)} if job.judge.patterns else {}),
         },
         warnings=warnings,
     )

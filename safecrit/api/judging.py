@@ -33,6 +33,7 @@ class JudgeChoice:
 
     `preset`: the format by a preset's name, where `name` (a preset, folder or Hub id) does not tell it.
     `guard`: what wins over the preset's settings; a classifier takes its words as labels' names.
+    `patterns`: further regular expressions of refusals, for `refusal` and wherever refusals are told.
     `controversial`: the side of a guard's third verdict. `threshold`: a reward model's zero point.
     """
 
@@ -43,6 +44,7 @@ class JudgeChoice:
     dtype: str = "auto"
     revision: str | None = None
     guard: GuardOptions = GuardOptions()
+    patterns: tuple[str, ...] = ()
     controversial: Side = "unsafe"
     threshold: float = 0.0
     base_url: str | None = None
@@ -100,7 +102,7 @@ def load_differentiable(choice: JudgeChoice) -> DifferentiableJudge:
 def load_judge(choice: JudgeChoice) -> Judge:
     """Any judge of answers."""
     if choice.name == REFUSAL:
-        return RefusalJudge()
+        return RefusalJudge(choice.patterns)
     if choice.name.startswith(LABELS):
         return LabelFile(choice.name.removeprefix(LABELS))
     if choice.name.startswith(OPENAI):

@@ -1,73 +1,79 @@
-"""merge: model + adapter + mask -> merged model folder or delta -> verification of what was written."""
+"""merge: model + LoRA adapter + mask -> a model folder with the mask's weights as they were, verified."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from safecrit.api.train import verify_output
-from safecrit.errors import SafecritError
-from safecrit.files import checkpoint_tensors
+from safecrit.adapter import Merged, adapter_headline, merge_adapter, read_adapter
+from safecrit.checkpoint import rewrite
+from safecrit.files import checkpoint_tensors, write_json, write_text
 from safecrit.fingerprint import accepted_fingerprints
-from safecrit.hub import fetch, looks_local
-from safecrit.lora import CONFIG, WEIGHTS, check_adapter
 from safecrit.maskfile import Mask
-from safecrit.models import load_model, resolve_folder
-from safecrit.training import MergeResult, run_merge
-from safecrit.training_output import write_merge_output
-from safecrit.verification import VerifyReport
+from safecrit.modelcard import CardFacts, base_licence, model_card
+from safecrit.models import LoadedModel, load_model, resolve_folder
+from safecrit.movement import rows_to_json
+from safecrit.training_output import provenance
+from safecrit.verification import VerifyReport, verify
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOutcome:
-    """What merging did, and what `verify` says of the files."""
+class MergeJob:
+    """All that `merge` needs to know; `adapter` is a folder of PEFT's save_pretrained."""
 
-    result: MergeResult
-    verified: VerifyReport
+    model: str
+    adapter: Path
+    mask: Path
+    revision: str | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False
+    allow_other_weights: bool = False
 
 
-def check_inputs(
-    model: str, adapter: str | Path, mask: str | Path, *, revision: str | None = None, allow_other_weights: bool = False
-) -> tuple[Path, Mask]:
-    """Find the user's mistakes before an output folder is made; the adapter's folder, and the mask of this model."""
-    folder = resolve_folder(model, revision=revision)
-    place = Path(adapter).expanduser()
-    if not place.is_dir():
-        if looks_local(str(adapter)) or place.exists():
-            raise SafecritError(f"{adapter}: no such folder. Give an adapter folder or a Hub id such as owner/name.")
-        place = fetch(str(adapter), "adapter folder", patterns=[CONFIG, WEIGHTS])
-    check_adapter(place)
-    selected = Mask.load(mask)
+def check_merge(job: MergeJob) -> None:
+    """Find the user's mistakes before an output folder is made."""
+    folder = resolve_folder(job.model, revision=job.revision)
+    read_adapter(job.adapter)
     shapes = {name: tensor.shape for name, tensor in checkpoint_tensors(folder).items()}
-    selected.check(shapes, fingerprints=accepted_fingerprints(folder), allow_other_weights=allow_other_weights)
-    return place, selected
-
-
-def merge(
-    model: str | Path,
-    adapter: str | Path,
-    mask: str | Path,
-    out: str | Path,
-    *,
-    save: str = "model",
-    revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    allow_other_weights: bool = False,
-    overwrite: bool = False,
-) -> MergeOutcome:
-    """Write to the folder `out` the model with a LoRA adapter merged everywhere but in the weights that `mask` selects.
-
-    Those keep the base's bits; the others get PEFT's own sum. model, adapter, mask:
-    folders, files or Hub ids. save: `model`, `delta` or `both`. The files written are
-    compared with the base; look at `verified.ok`. Raises SafecritError where the parts
-    do not fit, or where `out` already holds a model and `overwrite` is off.
-    """
-    place, selected = check_inputs(
-        str(model), adapter, mask, revision=revision, allow_other_weights=allow_other_weights
+    Mask.load(job.mask).check(
+        shapes, fingerprints=accepted_fingerprints(folder), allow_other_weights=job.allow_other_weights
     )
-    loaded = load_model(str(model), revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    result = run_merge(loaded, selected, place, allow_other_weights=allow_other_weights)
-    write_merge_output(loaded, selected, out, result, save, overwrite=overwrite)
-    return MergeOutcome(result=result, verified=verify_output(Path(out), loaded.folder, selected, "spa", save))
+
+
+def run_merge(job: MergeJob, folder: Path) -> tuple[Merged, VerifyReport]:
+    """Merge, write `folder`, and verify the files written against the base."""
+    mask = Mask.load(job.mask)
+    loaded = load_model(job.model, revision=job.revision, device=job.device, trust_remote_code=job.trust_remote_code)
+    merged = merge_adapter(loaded, job.adapter, mask, allow_other_weights=job.allow_other_weights)
+    _write(loaded, mask, merged, folder)
+    return merged, verify(folder, loaded.folder, mask, "spa")
+
+
+def _write(loaded: LoadedModel, mask: Mask, merged: Merged, folder: Path) -> None:
+    card = CardFacts(
+        mode="spa",
+        base=loaded.id,
+        revision=loaded.revision,
+        licence=base_licence(loaded.folder),
+        fingerprint=merged.parents[0],
+        mask_note=f"Mask: {mask.info.mode}, {mask.count:,} of {mask.info.total:,} weights.",
+        headline=adapter_headline(merged.adapter, merged.held),
+        steps=None,
+        learning_rate=None,
+        final_loss=None,
+        mean_sigma=merged.mean_sigma,
+        changed=merged.changed,
+        moved=merged.moved,
+        warnings=merged.warnings,
+    )
+    document = provenance(loaded, mask, "spa", merged.parents) | {
+        "adapter": merged.adapter,
+        "held": merged.held,
+        "changed": merged.changed,
+        "mean_sigma": merged.mean_sigma,
+        "moved": rows_to_json(merged.moved),
+        "warnings": merged.warnings,
+    }
+    write_text(folder / "README.md", model_card(card))
+    write_json(folder / "safecrit" / "training.json", document)
+    rewrite(loaded.folder, folder, merged.weights, overwrite=True)

@@ -116,7 +116,7 @@ def run_perturb(
     kept = KeptAnswers(folder, prompts, job.generation)
     facts: dict[str, dict[str, Any]] = {}
     answers = _answers(job, masks, arms, prompts, kept, prints, facts, report)
-    judge, refusals = judges() if judges is not None else (load_judge(job.judge), RefusalJudge())
+    judge, refusals = judges() if judges is not None else (load_judge(job.judge), RefusalJudge(job.judge.patterns))
     models = []
     with report("judging", "arms") as progress:
         for number, (name, given) in enumerate(answers.items(), 1):
@@ -134,6 +134,7 @@ def run_perturb(
             "draws": job.draws,
             "seed": job.seed,
             "max_new_tokens": job.generation.max_new_tokens,
+            **({"refusal_patterns": list(job.judge.patterns)} if job.judge.patterns else {}),
         },
     )
     results = _results(job, arms, evaluation, facts, prompts)

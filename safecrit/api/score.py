@@ -114,7 +114,7 @@ class _Run:
             assert judge is not None
             self.turns = Turns(loaded.model, judge.model, placed.turns)  # type: ignore[attr-defined]
             self.turns.to("model")
-        self.prompts, self.cut = prompts, 0
+        self.prompts, self.cut = [] if self.settings.method == "magnitude" else prompts, 0  # it reads weights alone
         self.answers: Answers = []
         self.items: list[Item] = []
         self.values: list[list[float | None]] | None = None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from safecrit.adapter import merge_adapter, peft_module
+from safecrit.cardfigures import add_evaluation, evaluated, read_results
 from safecrit.delta import Delta, apply_delta
 from safecrit.files import checkpoint_tensors
 from safecrit.fingerprint import accepted_fingerprints
-from safecrit.lora import LoraSettings
+from safecrit.lora import LoraSettings, merged_result, train_adapter
 from safecrit.maskfile import Mask
 from safecrit.models import load_model, resolve_folder
 from safecrit.progress import Reporter, quiet_reporter
@@ -26,9 +27,10 @@ __all__ = ["LoraSettings", "TrainJob", "TrainOutcome", "check_inputs", "headline
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """All that `set` and `spa` need to know.
+    """All that `set` and `spa` need to know. `save`: for set, what is written: model, delta or both.
 
-    `save`: for set, what is written: model, delta or both. `lora`: for spa, train this adapter and merge it.
+    With `lora`, spa trains an adapter and merges it under the mask. `results`: an
+    evaluation of the base, a folder, for the model card.
     """
 
     mode: Literal["set", "spa"]
@@ -46,6 +48,7 @@ class TrainJob:
     allow_other_weights: bool = False
     settings: TrainSettings = TrainSettings()
     lora: LoraSettings | None = None
+    results: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,11 @@ def check_inputs(job: TrainJob) -> Mask:
     """Find the user's mistakes before an output folder is made; the mask, checked to be this model's."""
     folder = resolve_folder(job.model, revision=job.revision)
     mask = Mask.load(job.mask)
+    if job.lora is not None:
+        peft_module()
     read_data(job)
+    if job.results is not None:
+        evaluated(read_results(job.results), accepted_fingerprints(folder)[0], job.results)
     shapes = {name: tensor.shape for name, tensor in checkpoint_tensors(folder).items()}
     mask.check(shapes, fingerprints=accepted_fingerprints(folder), allow_other_weights=job.allow_other_weights)
     return mask
@@ -75,6 +82,18 @@ def read_data(job: TrainJob) -> tuple[TrainData, TrainData | None]:
 def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter) -> TrainOutcome:
     """Train, write `folder`, and verify the files written against the base."""
     mask = Mask.load(job.mask)
+    if job.lora is not None:
+        outcome = _run_lora(job, job.lora, mask, folder, report)
+    else:
+        outcome = _run(job, mask, folder, report)
+    if job.results is not None:
+        results = read_results(job.results)
+        base = accepted_fingerprints(resolve_folder(job.model, revision=job.revision))[0]
+        add_evaluation(folder / "README.md", results, evaluated(results, base, job.results), "base model")
+    return outcome
+
+
+def _run(job: TrainJob, mask: Mask, folder: Path, report: Reporter) -> TrainOutcome:
     data, retain = read_data(job)
     loaded = load_model(
         job.model,
@@ -83,7 +102,7 @@ def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter)
         dtype=job.dtype,
         trust_remote_code=job.trust_remote_code,
     )
-    run = run_set if job.mode == "set" else partial(run_spa, lora=job.lora, adapter=folder / "safecrit" / "adapter")
+    run = run_set if job.mode == "set" else run_spa
     with report("training", "steps") as progress:
         result = run(
             loaded,
@@ -98,18 +117,44 @@ def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter)
         )
     if job.mode == "spa":
         write_spa_output(loaded, mask, folder, result, overwrite=True)
-        verified = verify_output(folder, loaded.folder, mask, "spa", "model")
+        verified = verify(folder, loaded.folder, mask, "spa")
     else:
         write_set_output(loaded, mask, folder, result, job.save, overwrite=True)
-        verified = verify_output(folder, loaded.folder, mask, "set", job.save)
+        verified = _verify_set(job, folder, loaded.folder, mask)
     return TrainOutcome(result=result, verified=verified, skipped=data.empty)
 
 
-def verify_output(folder: Path, base: Path, mask: Mask, mode: str, save: str) -> VerifyReport:
-    """`verify` of the model in `folder`, or of what its delta makes of the base where `save` is `delta`."""
-    if save != "delta":
-        return verify(folder, base, mask, mode)
+def _run_lora(job: TrainJob, lora: LoraSettings, mask: Mask, folder: Path, report: Reporter) -> TrainOutcome:
+    """Train an adapter, then merge it into the model loaded afresh, as `safecrit merge` does."""
+    data, retain = read_data(job)
+    source: dict[str, Any] = {
+        "revision": job.revision,
+        "device": job.device,
+        "trust_remote_code": job.trust_remote_code,
+    }
+    with report("training", "steps") as progress:
+        adapter = train_adapter(
+            load_model(job.model, dtype=job.dtype, **source),
+            data.examples,
+            retain.examples if retain else None,
+            job.retain_share,
+            job.settings,
+            lora,
+            folder / "safecrit" / "adapter",
+            lambda step, total, loss: progress(step, total, f"loss {loss:.3f}"),
+            checkpoints=folder / "safecrit" / "checkpoints",
+        )
+    loaded = load_model(job.model, **source)
+    merged = merge_adapter(loaded, adapter.folder, mask, allow_other_weights=job.allow_other_weights)
+    result = merged_result(adapter, merged, mask.info.total)
+    write_spa_output(loaded, mask, folder, result, weights=merged.weights, overwrite=True)
+    return TrainOutcome(result=result, verified=verify(folder, loaded.folder, mask, "spa"), skipped=data.empty)
+
+
+def _verify_set(job: TrainJob, folder: Path, base: Path, mask: Mask) -> VerifyReport:
+    if job.save != "delta":
+        return verify(folder, base, mask, "set")
     with tempfile.TemporaryDirectory(prefix="safecrit-") as work:
         model = Path(work) / "model"
         apply_delta(base, Delta.load(folder / "safecrit" / "delta.safetensors"), model)
-        return verify(model, base, mask, mode)
+        return verify(model, base, mask, "set")

@@ -13,12 +13,12 @@ from safecrit.anatomy import read_anatomy
 from safecrit.api.dryrun import gib, table
 from safecrit.api.survey import description_folder
 from safecrit.api.train import TrainJob, headline, read_data
-from safecrit.lora import adapt
+from safecrit.lora import adapt, lora_headline
 from safecrit.machine import device_free, host_free, parse_bytes, probe
 from safecrit.maskfile import Mask
 from safecrit.metamodel import meta_model, shape_of
 from safecrit.mixture import mix
-from safecrit.models import DTYPES, NO_FOLDER, LoadedModel, load_tokenizer, pick_device
+from safecrit.models import DTYPES, load_tokenizer, pick_device
 from safecrit.progress import duration
 from safecrit.trainaccount import PHASES, TrainPlan, flops, peak, train_parts
 
@@ -78,8 +78,7 @@ def dry_run(job: TrainJob, *, gpu_memory: str | None = None, output: Path = Path
     loaded = stored if job.dtype == "auto" else DTYPES[job.dtype].itemsize
     adapter = 0
     if job.lora is not None:
-        bare = LoadedModel(model=model, tokenizer=tokenizer, folder=NO_FOLDER, id=job.model, revision=job.revision)
-        adapter = sum(p.numel() for p in adapt(bare, job.lora, settings.seed).parameters() if p.requires_grad)
+        adapter = sum(p.numel() for p in adapt(model, job.lora, settings.seed).parameters() if p.requires_grad)
     dense = job.mode == "spa" and job.lora is None
     plan = TrainPlan(
         mode=job.mode,
@@ -106,7 +105,7 @@ def dry_run(job: TrainJob, *, gpu_memory: str | None = None, output: Path = Path
         rates = probe(device, {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[plan.itemsize])
         seconds = flops(shape, plan) / rates.flops
     return TrainDryRun(
-        headline=headline(mask, job.mode, job.lora),
+        headline=headline(mask, job.mode) if job.lora is None else lora_headline(job.lora),
         settings=asdict(plan),
         parts=[asdict(part) for part in parts],
         peaks=peaks,

@@ -57,6 +57,9 @@ BaseUrl = Annotated[str | None, typer.Option("--base-url", metavar="URL", help="
 Prefill = Annotated[
     str, typer.Option("--prefill", metavar="TEXT", help="Attack: answers to harmful prompts begin with this.")
 ]
+Card = Annotated[
+    bool, typer.Option("--card", help="Write the figures into the model cards of the outputs of set, spa and merge.")
+]
 MaxAsr = Annotated[float | None, typer.Option("--max-asr", min=0, max=1, help="Exit 3 where ASR is above this.")]
 MaxOver = Annotated[
     float | None, typer.Option("--max-over-refusal", min=0, max=1, help="Exit 3 where over-refusal is above this.")
@@ -85,9 +88,11 @@ def evaluate(
     batch_size: o.BatchSize = "auto",
     max_asr: MaxAsr = None,
     max_over_refusal: MaxOver = None,
+    card: Card = False,
     judge_format: o.JudgeFormat = None,
     judge_template: o.JudgeTemplate = None,
     judge_base_url: o.JudgeUrl = None,
+    refusal_patterns: o.RefusalPatterns = None,
     safe_word: o.SafeWord = None,
     unsafe_word: o.UnsafeWord = None,
     verdict_prefix: o.VerdictPrefix = None,
@@ -110,7 +115,8 @@ def evaluate(
     Every share has a 95 % Wilson interval; answers the judge failed on are
     counted apart and never as safe. Answers lie in samples.jsonl only.
     """
-    from safecrit.api.evaluate import EvalJob, check_inputs, run_eval
+    from safecrit.api.evaluate import EvalJob, check_inputs, find_cards, run_eval
+    from safecrit.cardfigures import add_evaluation
     from safecrit.generation import GenerationSettings
     from safecrit.outputs import default_output, open_output
     from safecrit.results import EvalSettings, check, results_json, write_evaluation
@@ -147,6 +153,7 @@ def evaluate(
         settings=EvalSettings(max_asr=max_asr, max_over_refusal=max_over_refusal),
     )
     check_inputs(job)
+    cards = find_cards(job) if card else {}
     place = output or default_output("eval", Path((*job.models, *job.answers)[0]).stem)
     folder = open_output(place, "eval", asked, overwrite=overwrite)
     evaluation = run_eval(job, sink.progress, folder.path)
@@ -154,7 +161,12 @@ def evaluate(
     folder.finish()
     for warning in evaluation.warnings:
         sink.warn(warning)
-    _print(evaluation, results_json(evaluation), sink)
+    results = results_json(evaluation)
+    for name, file in cards.items():
+        add_evaluation(file, results, name)
+    _print(evaluation, results, sink)
+    for file in cards.values():
+        sink.line(f"Model card: {file}")
     sink.line(f"Results: {folder.path}/results.json, answers in samples.jsonl")
     check(evaluation)
 

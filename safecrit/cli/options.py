@@ -109,6 +109,14 @@ JudgeTemplate = Annotated[
 JudgeUrl = Annotated[
     str | None, typer.Option("--judge-base-url", metavar="URL", help="Server of an openai:NAME judge.")
 ]
+RefusalPatterns = Annotated[
+    Path | None,
+    typer.Option(
+        "--refusal-patterns",
+        metavar="FILE",
+        help="Further regular expressions that tell a refusal, one a line; # begins a comment.",
+    ),
+]
 Controversial = Annotated[
     Literal["safe", "unsafe"], typer.Option("--controversial", help="The side of a judge's third verdict.")
 ]
@@ -166,7 +174,9 @@ def judge_choice(settings: dict[str, Any], *, device: str, dtype: str = "auto", 
     from safecrit.api.judging import JudgeChoice
     from safecrit.judges.conversation import read_template
     from safecrit.judges.presets import GuardOptions
+    from safecrit.judges.refusal import read_patterns
 
+    patterns = settings["refusal_patterns"]
     template, safe, unsafe = (settings[name] for name in ("judge_template", "safe_word", "unsafe_word"))
     return JudgeChoice(
         name=settings["judge"],
@@ -180,6 +190,7 @@ def judge_choice(settings: dict[str, Any], *, device: str, dtype: str = "auto", 
             unsafe_words=tuple(unsafe) if unsafe else None,
             objective=objective,
         ),
+        patterns=read_patterns(patterns) if patterns is not None else (),
         base_url=settings["judge_base_url"],
         controversial=settings["controversial"],
         trust_remote_code=settings["trust_remote_code"],

@@ -48,6 +48,7 @@ def perturb(
     judge_format: o.JudgeFormat = None,
     judge_template: o.JudgeTemplate = None,
     judge_base_url: o.JudgeUrl = None,
+    refusal_patterns: o.RefusalPatterns = None,
     safe_word: o.SafeWord = None,
     unsafe_word: o.UnsafeWord = None,
     verdict_prefix: o.VerdictPrefix = None,

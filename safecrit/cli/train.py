@@ -11,7 +11,7 @@ from safecrit.cli import options as o
 from safecrit.cli.sink import Sink
 
 if TYPE_CHECKING:
-    from safecrit.api.train import LoraSettings
+    from safecrit.lora import LoraSettings
 
 Data = Annotated[str, typer.Option("--data", metavar="FILE", help="Training examples: JSONL, JSON, CSV or a Hub id.")]
 Retain = Annotated[
@@ -30,6 +30,10 @@ Length = Annotated[int, typer.Option("--max-length", min=8, help="Longest exampl
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory.")]
 SaveSteps = Annotated[int, typer.Option("--save-steps", min=0, help="Save a checkpoint every N steps; 0 saves none.")]
 ReportTo = Annotated[str, typer.Option("--report-to", help="none, or a tracker that transformers knows.")]
+Results = Annotated[
+    Path | None,
+    typer.Option("--results", metavar="DIR", help="An output of eval on MODEL: its figures go into the model card."),
+]
 Save = Annotated[Literal["model", "delta", "both"], typer.Option("--save", help="What to write.")]
 
 
@@ -55,6 +59,7 @@ def set_(
     gradient_checkpointing: Checkpointing = False,
     save_steps: SaveSteps = 0,
     report_to: ReportTo = "none",
+    results: Results = None,
     dry_run: o.DryRun = False,
     gpu_memory: o.GpuMemory = None,
     push_to_hub: o.PushToHub = None,
@@ -98,27 +103,28 @@ def spa(
     max_grad_norm: Norm = 1.0,
     max_length: Length = 2048,
     optim: Annotated[str, typer.Option("--optim", help="Any optimizer that TrainingArguments knows.")] = "adamw_torch",
-    gradient_checkpointing: Checkpointing = False,
-    save_steps: SaveSteps = 0,
-    report_to: ReportTo = "none",
     use_peft: Annotated[
-        bool, typer.Option("--use-peft", help="Train a LoRA adapter; merge it under the mask.")
+        bool, typer.Option("--use-peft", help="Train a LoRA adapter, and merge it all but the masked weights.")
     ] = False,
-    lora_r: Annotated[int, typer.Option("--lora-r", min=1, help="Rank of the adapter.")] = 16,
-    lora_alpha: Annotated[int, typer.Option("--lora-alpha", min=1, help="Its scale is alpha / rank.")] = 32,
+    lora_r: Annotated[int | None, typer.Option("--lora-r", min=1, help="Rank. [default: 16]")] = None,
+    lora_alpha: Annotated[int | None, typer.Option("--lora-alpha", min=1, help="Scale x rank. [default: 32]")] = None,
     lora_dropout: Annotated[
-        float, typer.Option("--lora-dropout", min=0, max=0.99, help="Dropout of its input.")
-    ] = 0.05,
+        float | None, typer.Option("--lora-dropout", min=0, max=0.99, help="Adapter's dropout. [default: 0]")
+    ] = None,
     lora_target_modules: Annotated[
-        list[str] | None,
-        typer.Option("--lora-target-modules", help="Modules to adapt; repeatable. [default: all linear layers]"),
+        str | None,
+        typer.Option("--lora-target-modules", metavar="NAMES", help="q_proj,v_proj, ... [default: all-linear]"),
     ] = None,
     lora_target_parameters: Annotated[
-        list[str] | None,
-        typer.Option("--lora-target-parameters", help="Weights outside linear layers, such as experts; repeatable."),
+        str | None,
+        typer.Option("--lora-target-parameters", metavar="NAMES", help="Outside linear layers: fused experts."),
     ] = None,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = False,
     use_dora: Annotated[bool, typer.Option("--use-dora", help="Weight-decomposed LoRA (DoRA).")] = False,
+    gradient_checkpointing: Checkpointing = False,
+    save_steps: SaveSteps = 0,
+    report_to: ReportTo = "none",
+    results: Results = None,
     dry_run: o.DryRun = False,
     gpu_memory: o.GpuMemory = None,
     push_to_hub: o.PushToHub = None,
@@ -154,20 +160,23 @@ def _run(
 ) -> None:
     from dataclasses import fields
 
-    from safecrit.api.train import LoraSettings, TrainJob, check_inputs, headline, run_training
+    from safecrit.api.train import TrainJob, check_inputs, headline, run_training
     from safecrit.errors import CheckFailed
     from safecrit.hub import push
+    from safecrit.lora import lora_headline
     from safecrit.outputs import default_output, open_output
     from safecrit.trainloop import TrainSettings
 
+    lora = _lora(settings)
     names = {field.name for field in fields(TrainSettings)}
     training = TrainSettings(**{key: value for key, value in settings.items() if key in names})
-    own = {field.name for field in fields(TrainJob)} - {"mode", "settings", "mask", "lora"}
+    own = {field.name for field in fields(TrainJob)} - {"mode", "settings", "mask", "lora", "results"}
     job = TrainJob(
         mode=mode,
         settings=training,
         mask=Path(settings["mask"]),
-        lora=_lora(settings, LoraSettings) if settings.get("use_peft") else None,
+        lora=lora,
+        results=Path(settings["results"]) if settings["results"] is not None else None,
         **{key: value for key, value in settings.items() if key in own},
     )
     path = output or default_output(mode, job.model)
@@ -185,7 +194,7 @@ def _run(
     folder = open_output(path, mode, settings, overwrite=overwrite, inside="safecrit")
     if folder.resumed:
         sink.note(f"resuming the interrupted run in {folder.path}")
-    sink.line(headline(mask, mode, job.lora))
+    sink.line(headline(mask, mode) if lora is None else lora_headline(lora))
     outcome = run_training(job, folder.path, sink.progress)
     result, report = outcome.result, outcome.verified
     if outcome.skipped:
@@ -197,6 +206,8 @@ def _run(
         f"{result.tokens_per_second:,.0f} tokens/s; "
         f"{result.changed:,} weights changed, by {result.mean_sigma:.3g} sigma in the mean."
     )
+    if result.headline:
+        sink.line(f"{result.headline}.")
     sink.result(
         {
             "output": str(folder.path),
@@ -211,14 +222,23 @@ def _run(
     sink.line(report.message())
     sink.line(f"Output: {folder.path}")
     if context.params["push_to_hub"]:
-        address = push(folder.path, context.params["push_to_hub"], public=context.params["public"])
-        sink.line(f"Uploaded: {address}")
+        sink.line(f"Uploaded: {push(folder.path, context.params['push_to_hub'], public=context.params['public'])}")
 
 
-def _lora(settings: dict[str, Any], kind: type[LoraSettings]) -> LoraSettings:
-    """The settings of the adapter; lists that were not given keep their defaults."""
-    given = {name: settings[name] for name in ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
-    for name in ("lora_target_modules", "lora_target_parameters"):
-        if settings[name]:
-            given[name] = tuple(settings[name])
-    return kind(**given)
+def _lora(settings: dict[str, Any]) -> LoraSettings | None:
+    """The adapter that `--use-peft` and the `--lora-` flags describe; an error where the flags stand alone."""
+    from safecrit.errors import SafecritError
+    from safecrit.lora import LoraSettings
+
+    names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
+    given = {name: settings[name] for name in names if settings.get(name) is not None}
+    given |= {name: True for name in ("use_rslora", "use_dora") if settings.get(name)}
+    if not settings.get("use_peft"):
+        if given:
+            raise SafecritError(f"--{next(iter(given)).replace('_', '-')}: does nothing without --use-peft.")
+        return None
+    given["r"] = given.pop("lora_r", LoraSettings.r)
+    for name in ("target_modules", "target_parameters"):
+        if f"lora_{name}" in given:
+            given[name] = tuple(part.strip() for part in given.pop(f"lora_{name}").split(","))
+    return LoraSettings(**given)

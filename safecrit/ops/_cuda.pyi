@@ -41,6 +41,18 @@ def sparse_adamw(
     device: int,
     stream: int,
 ) -> None: ...
+def gather(
+    out: int,
+    values: int,
+    indices: int,
+    numel: int,
+    k: int,
+    dtype: int,
+    wide: bool,
+    add: bool,
+    device: int,
+    stream: int,
+) -> None: ...
 def masked_adamw(
     weight: int,
     grad: int,

@@ -27,6 +27,17 @@ def sparse_adamw(
     factors: tuple[float, ...],
     threads: int,
 ) -> None: ...
+def gather(
+    out: int,
+    values: int,
+    indices: int,
+    numel: int,
+    k: int,
+    dtype: int,
+    wide: bool,
+    add: bool,
+    threads: int,
+) -> None: ...
 def masked_adamw(
     weight: int,
     grad: int,

@@ -52,6 +52,19 @@ def test_answers_from_elsewhere_are_judged_without_a_model(
     assert {"prompt", "answer", "verdict", "refused", "incoherent", "judge_raw"} <= set(rows.columns)
 
 
+def test_refusals_of_another_language_are_told_by_a_file_of_patterns(cli: Cli, answered: Path, tmp_path: Path) -> None:
+    file = tmp_path / "patterns.txt"
+    file.write_text("# what the second answer says\nfirst do this\n")
+    ran = cli("eval", "--answers", answered, "--refusal-patterns", file, "-o", tmp_path / "r", "-q")
+    assert ran.code == 0, ran.err
+    results, rows = read(tmp_path / "r")
+    assert list(rows.refused) == [True, True, False]
+    assert results["judge"]["patterns"] == results["settings"]["refusal_patterns"] == ["first do this"]
+    file.write_text("fine\n(broken\n")
+    ran = cli("eval", "--answers", answered, "--refusal-patterns", file, "-o", tmp_path / "b", "-q")
+    assert ran.code == 1 and "patterns.txt, line 2" in ran.err and not (tmp_path / "b").exists()
+
+
 def test_answers_are_looked_up_by_prompt_and_compared_between_files(cli: Cli, answered: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("goal\np3\np1\n")

@@ -178,6 +178,8 @@ def test_magnitude(cli: Cli, world: World, tmp_path: Path) -> None:
     scores, stored = scores_of(tmp_path / "a"), load_file(world.model / "model.safetensors")
     assert scores.keys() == {name for name in stored if "norm" not in name and "embed" not in name}
     assert all(torch.equal(found, stored[name].abs()) for name, found in scores.items())
+    assert cli(*score(world, tmp_path / "b", method="magnitude", judge=None)).code == 0, "it reads no prompts"
+    assert all(torch.equal(found, scores[name]) for name, found in scores_of(tmp_path / "b").items())
 
 
 def test_wanda(cli: Cli, world: World, tmp_path: Path) -> None:
