@@ -39,9 +39,11 @@ class SparseAdamW(torch.optim.Optimizer):
     does not; `grad_norm` is the last step's norm before that.
 
     Raises MismatchError where the mask is of another model, SafecritError for float16
-    parameters (their gradients need a scaler, which needs dense gradients) and for a
-    mask that selects nothing.
+    parameters and for a step through a gradient scaler (it needs dense gradients), and
+    for a mask that selects nothing.
     """
+
+    _step_supports_amp_scaling = True  # so that a scaler comes to `step`, which refuses it, and not to dense gradients
 
     def __init__(
         self,
@@ -147,6 +149,8 @@ class SparseAdamW(torch.optim.Optimizer):
         """
         from safecrit import ops
 
+        if getattr(self, "grad_scale", None) is not None:
+            raise SafecritError("SparseAdamW works without a gradient scaler (fp16). Train in bfloat16 or float32.")
         loss = None
         if closure is not None:
             with torch.enable_grad():

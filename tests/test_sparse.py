@@ -12,7 +12,7 @@ from safecrit.placement import place, runtime_indices
 from safecrit.sparse import SparseAdamW
 from safecrit.strided import Strided
 from tests.architectures import build
-from tests.training_helpers import backward, random_mask, selected
+from tests.training_helpers import backward, batch, random_mask, selected
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2", "gpt-neox", "gpt-oss"])
@@ -246,3 +246,12 @@ def test_memory_of_the_state_is_of_the_mask() -> None:
     held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     held += optimizer._indices
     assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 16 * mask.count
+
+
+def test_a_gradient_scaler_is_refused() -> None:
+    model = build("llama")
+    optimizer = SparseAdamW(model, random_mask(model, 0.1))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(**batch(0)).loss).backward()
+    with pytest.raises(SafecritError, match="gradient scaler"):
+        scaler.step(optimizer)
