@@ -79,7 +79,10 @@ def push(folder: str | Path, name: str, *, public: bool = False) -> str:
     the Hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+
+    # Of the HTTP library that this version of the Hub's client uses; a refused connection is no OSError there.
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     api = HfApi()
     try:
@@ -92,7 +95,7 @@ def push(folder: str | Path, name: str, *, public: bool = False) -> str:
         )
     except HFValidationError as error:
         raise SafecritError(f"--push-to-hub {name}: is no repository name. Use owner/name.") from error
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+    except (HTTPError, LocalTokenNotFoundError, OSError) as error:
         raise SafecritError(
             f"--push-to-hub {name}: failed ({type(error).__name__}). The output in {folder} is whole. Check the "
             f"name, the network and `hf auth login`, then: hf upload {name} {folder}"

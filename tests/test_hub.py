@@ -105,3 +105,10 @@ def test_push_is_private_unless_said_and_leaves_our_paths_out(tmp_path: Path, mo
     monkeypatch.setattr(_Api, "error", HfHubHTTPError("no", response=SimpleNamespace(headers={}, request=None)))  # type: ignore[arg-type]
     with pytest.raises(SafecritError, match="hf auth login"):
         hub.push(tmp_path, "owner/name")
+
+
+def test_a_hub_that_is_out_of_reach_is_our_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    with pytest.raises(SafecritError, match=r"The output in .* is whole"):
+        hub.push(tmp_path, "owner/name")
