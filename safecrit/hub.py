@@ -79,10 +79,13 @@ def push(folder: str | Path, name: str, *, public: bool = False) -> str:
     the Hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
     # Of the HTTP library that this version of the Hub's client uses; a refused connection is no OSError there.
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,  # type: ignore[attr-defined]
+        LocalTokenNotFoundError,
+    )
 
     api = HfApi()
     try:
