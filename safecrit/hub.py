@@ -78,15 +78,10 @@ def push(folder: str | Path, name: str, *, public: bool = False) -> str:
     this machine. A repository that exists keeps its visibility. Raises SafecritError where
     the Hub refuses.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, errors
 
-    # Of the HTTP library that this version of the Hub's client uses; a refused connection is no OSError there.
-    from huggingface_hub.errors import (
-        HFValidationError,
-        HTTPError,  # type: ignore[attr-defined]
-        LocalTokenNotFoundError,
-    )
-
+    # HTTPError is of the HTTP library that this version of the Hub's client uses; a refused connection is no OSError.
+    failures: tuple[type[Exception], ...] = (errors.HTTPError, errors.LocalTokenNotFoundError, OSError)  # type: ignore[attr-defined]
     api = HfApi()
     try:
         made = api.create_repo(name, private=not public, exist_ok=True, repo_type="model")
@@ -96,9 +91,9 @@ def push(folder: str | Path, name: str, *, public: bool = False) -> str:
             commit_message="Upload by safecrit",
             ignore_patterns=["safecrit/checkpoints/*", "safecrit/config.yaml", "safecrit/log.txt", ".*", "*/.*"],
         )
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise SafecritError(f"--push-to-hub {name}: is no repository name. Use owner/name.") from error
-    except (HTTPError, LocalTokenNotFoundError, OSError) as error:
+    except failures as error:
         raise SafecritError(
             f"--push-to-hub {name}: failed ({type(error).__name__}). The output in {folder} is whole. Check the "
             f"name, the network and `hf auth login`, then: hf upload {name} {folder}"
