@@ -154,31 +154,38 @@ private:
 
 using TopScan = Scan<uint32_t, Scores>;
 
+// How many entries have a rank in [over.low, over.high], by (rank - over.low) >> shift, in `bins` bins; and in one more,
+// the last, those ranked above.
+std::vector<int64_t> count_ranks(const TopScan& scan, const Range<uint32_t>& over, int shift, size_t bins) {
+    std::vector<std::vector<int64_t>> counts(static_cast<size_t>(scan.threads()));
+    for (auto& part : counts) part.resize(bins + 1);
+    scan.each_block(over, [&](size_t part, const uint32_t* ranks, int found) {
+        for (int j = 0; j < found; ++j) {
+            const size_t bin = ranks[j] > over.high ? bins : (ranks[j] - over.low) >> shift;
+            ++counts[part][bin];
+        }
+    });
+    for (size_t part = 1; part < counts.size(); ++part) {
+        for (size_t bin = 0; bin <= bins; ++bin) counts[0][bin] += counts[part][bin];
+    }
+    return counts[0];
+}
+
 // Exact: the ranks that share their upper digit with the threshold, or where these are too many the threshold alone.
 // Returns the number of reads. Sets low > high where fewer than k entries are not NaN.
 int histogram_range(const TopScan& scan, int64_t k, int64_t most_inside, Range<uint32_t>& range, int64_t& nan) {
     constexpr int kLow = 15;
-    const auto crossing = [&](const Range<uint32_t>& over, int shift, uint32_t least, size_t bins, int64_t& here) {
-        std::vector<std::vector<int64_t>> counts(static_cast<size_t>(scan.threads()));
-        for (auto& part : counts) part.resize(bins + 1);  // the last bin: NaN, or ranks above `over`
-        scan.each_block(over, [&](size_t part, const uint32_t* ranks, int found) {
-            for (int j = 0; j < found; ++j) {
-                const size_t bin = ranks[j] > over.high ? bins : (ranks[j] - least) >> shift;
-                ++counts[part][bin];
-            }
-        });
-        for (size_t part = 1; part < counts.size(); ++part) {
-            for (size_t bin = 0; bin <= bins; ++bin) counts[0][bin] += counts[part][bin];
-        }
-        if (shift != 0) nan = counts[0][bins];
-        for (size_t bin = bins; bin-- > 0; k -= counts[0][bin]) {
-            here = counts[0][bin];
+    int64_t here = 0;
+    const auto crossing = [&](const std::vector<int64_t>& counts) {
+        for (size_t bin = counts.size() - 1; bin-- > 0; k -= counts[bin]) {
+            here = counts[bin];
             if (k <= here) return static_cast<int64_t>(bin);
         }
         return int64_t{-1};
     };
-    int64_t here = 0;
-    const int64_t upper = crossing({0, kInfinity, false}, kLow, 0, (kInfinity >> kLow) + 1, here);
+    const std::vector<int64_t> counts = count_ranks(scan, {0, kInfinity, false}, kLow, (kInfinity >> kLow) + 1);
+    nan = counts.back();
+    const int64_t upper = crossing(counts);
     if (upper < 0) {
         range = {1, 0, false};
         return 1;
@@ -186,7 +193,7 @@ int histogram_range(const TopScan& scan, int64_t k, int64_t most_inside, Range<u
     const auto low = static_cast<uint32_t>(upper << kLow);
     range = {low, std::min(low + ((1u << kLow) - 1), kInfinity), false};
     if (here <= most_inside) return 1;
-    const auto rank = low + static_cast<uint32_t>(crossing(range, 0, low, size_t{1} << kLow, here));
+    const auto rank = low + static_cast<uint32_t>(crossing(count_ranks(scan, range, 0, size_t{1} << kLow)));
     range = {rank, rank, true};
     return 2;
 }
@@ -263,6 +270,16 @@ SelectTopResult select_top_cpu(const SelectTopArgs& args, const SelectTuning& tu
     if (range.low > range.high) return {false, 0, 0, 0, nan, passes};
     if (!hit(range, most_inside)) throw std::runtime_error("select_top: the scores changed while they were read");
     return finished();
+}
+
+std::vector<int64_t> rank_counts_cpu(const SelectTopArgs& args, uint32_t low, uint32_t high, int shift, int threads) {
+    const SelectTuning tuning;
+    check(args, tuning, threads);
+    if (low > high || high > kInfinity) throw std::invalid_argument("rank_counts: low and high must be ranks in order");
+    if (shift < 0 || shift > 30) throw std::invalid_argument("rank_counts: shift must be 0 to 30");
+    const Scores scores(args);
+    const TopScan scan(scores, cut(args.sizes, tuning.segment), threads);
+    return count_ranks(scan, {low, high, false}, shift, ((high - low) >> shift) + 1);
 }
 
 }  // namespace safecrit

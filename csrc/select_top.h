@@ -37,6 +37,10 @@ struct SelectTopResult {
 // On the CPU with at most `threads` threads. Throws std::invalid_argument for arguments it cannot run with.
 SelectTopResult select_top_cpu(const SelectTopArgs& args, const SelectTuning& tuning, int threads);
 
+// How many entries have ranks low to high, counted by (rank - low) >> shift, and at the end how many rank above `high`:
+// NaN, where `high` is that of infinity. Of `args`, k and the outputs are not used.
+std::vector<int64_t> rank_counts_cpu(const SelectTopArgs& args, uint32_t low, uint32_t high, int shift, int threads);
+
 // On a CUDA device. Nothing in SelectCudaTuning changes a result that is a hit.
 struct SelectCudaTuning {
     bool exact = false;  // find the threshold by histograms of all entries first

@@ -32,12 +32,21 @@ class HasLayouts(Protocol):
 
 
 class Mask:
-    """Selected weights: `indices` per checkpoint tensor (flat, int64 [n], sorted, unique), and `info`."""
+    """Selected weights: `indices` per checkpoint tensor (flat, int64 [n], sorted, unique), and `info`.
 
-    def __init__(self, indices: Mapping[str, torch.Tensor], info: MaskInfo) -> None:
+    counts: selected weights per tensor. Where several ranks selected together, `indices` holds this rank's tensors
+    alone, `counts` all of them, and the ranks `save` together.
+    """
+
+    def __init__(
+        self, indices: Mapping[str, torch.Tensor], info: MaskInfo, counts: Mapping[str, int] | None = None
+    ) -> None:
         """Keep the tensors that have entries, in name order."""
         self.indices = {name: flat for name, flat in sorted(indices.items()) if len(flat)}
-        self.info = info
+        self.info, self._shared = info, counts is not None
+        if counts is None:
+            counts = {name: len(flat) for name, flat in self.indices.items()}
+        self.counts = {name: count for name, count in sorted(counts.items()) if count}
         unknown = set(self.indices) - set(info.tensors)
         assert not unknown, f"selected from tensors that the info does not list: {sorted(unknown)}"
 
@@ -48,16 +57,17 @@ class Mask:
 
     def save(self, path: str | Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
         """Write the mask to `path` (sharded above `shard_bytes`); the files written."""
-        return write_mask(path, self.indices, self.info, shard_bytes=shard_bytes)
+        counts = self.counts if self._shared else None
+        return write_mask(path, self.indices, self.info, counts=counts, shard_bytes=shard_bytes)
 
     @property
     def count(self) -> int:
         """Number of selected weights, k."""
-        return sum(len(flat) for flat in self.indices.values())
+        return sum(self.counts.values())
 
     def __repr__(self) -> str:
         """Short form for a console."""
-        return f"Mask({self.info.mode}, {self.count:,} of {self.info.total:,} weights in {len(self.indices)} tensors)"
+        return f"Mask({self.info.mode}, {self.count:,} of {self.info.total:,} weights in {len(self.counts)} tensors)"
 
     def dense(self, name: str) -> torch.Tensor:
         """Bool tensor in the shape of checkpoint tensor `name`, true where selected."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -122,8 +123,20 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+RANKED = ("score", "mask", "eval")
+
+
 @app.callback()
 def options(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Find the weights of a language model that carry its safety, and act on exactly those."""
+    from safecrit import faults
+    from safecrit.errors import SafecritError
+
+    command = context.invoked_subcommand
+    if faults.launched() and int(os.environ["WORLD_SIZE"]) > 1 and command not in RANKED:
+        raise SafecritError(
+            f"`safecrit {command}` runs in one process: start it without torchrun. Several are for {', '.join(RANKED)}."
+        )

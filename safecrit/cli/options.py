@@ -22,7 +22,10 @@ TRANSIENT = {
     "public",
     "dry_run",
     "gpu_memory",
+    "dist_timeout",
+    "parallel",
 }
+DIST_TIMEOUT_S = 1800
 
 
 def _load_config(context: typer.Context, value: Path | None) -> Path | None:
@@ -155,6 +158,9 @@ PushToHub = Annotated[
 Public = Annotated[bool, typer.Option("--public", help="Make that repository public; it is private otherwise.")]
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+DistTimeout = Annotated[
+    float, typer.Option("--dist-timeout", min=1, help="Under torchrun: seconds that a rank waits for the others.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 

@@ -91,6 +91,10 @@ ScoreDtype = Annotated[
     Literal["float32", "bfloat16"], typer.Option("--score-dtype", help="What scores are stored as; sums are float32.")
 ]
 SaveEvery = Annotated[int, typer.Option("--save-every", min=1, help="Save the state after this many prompts.")]
+Parallel = Annotated[
+    Literal["auto", "shard", "replicate"],
+    typer.Option("--parallel", help="Under torchrun: the model whole on every rank, or divided (FSDP2)."),
+]
 
 
 def score(
@@ -133,6 +137,8 @@ def score(
     exclude: Exclude = None,
     score_dtype: ScoreDtype = "float32",
     save_every: SaveEvery = 256,
+    parallel: Parallel = "auto",
+    dist_timeout: o.DistTimeout = o.DIST_TIMEOUT_S,
     seed: o.Seed = 0,
     revision: o.Revision = None,
     device: o.Device = "auto",
@@ -153,6 +159,7 @@ def score(
     The model answers the prompts, the judge reads the answers, and the gradient
     of its verdict goes back through both. Scores land in the output folder.
     """
+    from safecrit import distributed
     from safecrit.outputs import default_output
 
     sink = Sink(as_json=as_json, quiet=quiet)
@@ -160,7 +167,8 @@ def score(
     if dry_run:
         _dry_run(settings, gpu_memory, output or default_output("score", model), sink)
         return
-    run(settings, output or default_output("score", model), overwrite, sink)
+    distributed.start(dist_timeout)
+    run({**settings, "parallel": parallel}, output or default_output("score", model), overwrite, sink)
 
 
 def job_of(settings: dict[str, Any]) -> ScoreJob:
@@ -194,6 +202,7 @@ def job_of(settings: dict[str, Any]) -> ScoreJob:
             checkpoint=s["checkpoint_activations"],
             stability=s["stability"],
         ),
+        parallel=s.get("parallel", "auto"),
         **{name: s[name] for name in (*plain, *more)},
     )
 
@@ -225,17 +234,21 @@ def _dry_run(settings: dict[str, Any], gpu_memory: str | None, output: Path, sin
 
 def run(settings: dict[str, Any], output: Path, overwrite: bool, sink: Sink) -> Scores:
     """Run the job into `output` and print what came out."""
+    from safecrit import distributed
     from safecrit.api.score import run_score
     from safecrit.api.scorejob import check_inputs
     from safecrit.outputs import open_output
 
     job = job_of(settings)
     check_inputs(job)
-    folder = open_output(output, "score", settings, overwrite=overwrite)
+    kept = {name: value for name, value in settings.items() if name not in o.TRANSIENT}
+    folder = distributed.from_first(lambda: open_output(output, "score", kept, overwrite=overwrite))
+    distributed.writes_in(folder.path)
     if folder.resumed:
         sink.note(f"resuming the interrupted run in {folder.path}")
-    scores = run_score(job, folder.path, sink.progress)
-    folder.finish()
+    scores = run_score(job, folder.path, sink.progress, sink.note)
+    if distributed.current().first:
+        folder.finish()
     info = scores.info
     for warning in info["warnings"]:
         sink.warn(warning)

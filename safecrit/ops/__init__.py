@@ -12,6 +12,7 @@ from safecrit.ops.esi_accumulate import esi_accumulate_
 from safecrit.ops.gather import gather_
 from safecrit.ops.masked_adamw import masked_adamw_
 from safecrit.ops.matrix_std import matrix_std
+from safecrit.ops.rank_counts import rank_counts
 from safecrit.ops.select_random import select_random, select_random_matched
 from safecrit.ops.select_top import Selection, select_top
 from safecrit.ops.sparse_adamw import sparse_adamw_
@@ -29,6 +30,7 @@ __all__ = [
     "indices_from_bits",
     "masked_adamw_",
     "matrix_std",
+    "rank_counts",
     "select_random",
     "select_random_matched",
     "select_top",

@@ -42,6 +42,10 @@ _OPS: dict[str, dict[str, str]] = {
         "native": "safecrit.ops.native_select:select_top_cpu",
         "reference": "safecrit.ops.reference.select_top:select_top",
     },
+    "rank_counts": {
+        "native": "safecrit.ops.native_select:rank_counts_cpu",
+        "reference": "safecrit.ops.reference.select_top:rank_counts",
+    },
     "select_random": {
         "native": "safecrit.ops.native_select:select_random_cpu",
         "reference": "safecrit.ops.reference.select_random:select_random",

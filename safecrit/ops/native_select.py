@@ -1,4 +1,4 @@
-"""Calls of the compiled select_top and select_random: tensors to pointers, and their result to a Selection."""
+"""Calls of the compiled select_top, rank_counts and select_random: tensors to pointers, results to tensors."""
 
 from __future__ import annotations
 
@@ -88,6 +88,16 @@ def _selection(
         bits = INFINITY_BITS if largest else 0
     threshold = float(struct.unpack("<f", struct.pack("<I", bits))[0])
     return Selection(list(out.split(counts)), threshold, bits, tied, tied_selected, nan)
+
+
+def rank_counts_cpu(scores: Sequence[torch.Tensor], largest: bool, low: int, high: int, shift: int) -> torch.Tensor:
+    """C++ kernel of `safecrit.ops.rank_counts`."""
+    module, _ = native.cpu_module()
+    assert module is not None, "chosen only where it can be imported"
+    flat = [_readable(tensor) for tensor in scores]
+    pointers, sizes = [tensor.data_ptr() for tensor in flat], [tensor.numel() for tensor in flat]
+    codes = [native.DTYPE_CODES[tensor.dtype] for tensor in flat]
+    return torch.tensor(module.rank_counts(pointers, sizes, codes, largest, low, high, shift, torch.get_num_threads()))
 
 
 def select_random_cpu(tensors: Sequence[tuple[int, int]], k: int, seed: int) -> list[torch.Tensor]:
