@@ -58,7 +58,9 @@ def on_all(hosts: dict[str, str], *command: object) -> list[tuple[int, str]]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "eth0"}
     pipe, started = subprocess.PIPE, []
     for name, address in hosts.items():
-        local = [*line[:3], f"--local-addr={address}", *line[3:]]
+        # Which host has the store cannot be told from a name that both share.
+        own = [f"--local-addr={address}", f"--rdzv-conf=is_host={int(address == first)}"]
+        local = [*line[:3], *own, *line[3:]]
         command_line = ["ip", "netns", "exec", name, *local]
         started.append(subprocess.Popen(command_line, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True))
     found = [(process.communicate(timeout=240)[1], process.returncode) for process in started]
