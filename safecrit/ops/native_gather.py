@@ -18,8 +18,7 @@ def gather_cuda(out: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, 
     """CUDA kernel of `safecrit.ops.gather_`."""
     module, _ = native.cuda_module()
     assert module is not None, "chosen only where it can be imported"
-    stream = torch.cuda.current_stream(out.device)
-    module.gather(*_plain(out, values, indices, add), stream.device_index, stream.cuda_stream)
+    module.gather(*_plain(out, values, indices, add), *native.queue(out.device))
 
 
 def _plain(
