@@ -60,7 +60,7 @@ def test_a_transposed_tensor_is_read_in_its_own_order(target):
 @pytest.mark.parametrize("bad", [-1, 4, 1 << 30])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_an_index_out_of_range_changes_nothing(target, bad, dtype):
-    if target.device == "cuda":
+    if "cuda" in target:
         pytest.skip("not looked for on a GPU")
     out = torch.full((2,), 7.0)
     with pytest.raises(ValueError, match="leave 0 to 3"):
