@@ -50,6 +50,8 @@ gpu:
 	$(PYTHON) benchmarks/esi_accumulate.py --device cuda --save
 	$(PYTHON) benchmarks/matrix_std.py --device cuda --save
 	$(PYTHON) benchmarks/adamw.py --device cuda --save
+	$(PYTHON) benchmarks/select_top.py --device cuda --save
+	$(PYTHON) -m safecrit doctor
 
 clean:
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis safecrit-demo

@@ -54,8 +54,10 @@ def sparse_rows(data: Data, names: list[str]) -> list[Row]:
             def step(w: torch.Tensor = weight, g: torch.Tensor = some, n: str = name) -> None:
                 ops.sparse_adamw_(w, data.indices, g, master, first, second, step=1, **SETTINGS, backend=n)  # type: ignore[arg-type]
 
-            def both(run: Any = step) -> None:
-                run(g=data.grad.index_select(0, data.indices))
+            def both(run: Any = step, n: str = name) -> None:
+                gathered = torch.empty_like(some)
+                ops.gather_(gathered, data.grad, data.indices, backend=n)  # type: ignore[arg-type]
+                run(g=gathered)
 
             short = str(dtype).removeprefix("torch.")
             rows.append(measure(f"sparse {name} {short}", moved, step, data.device))

@@ -10,13 +10,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from bandwidth import bandwidth
 from safetensors.torch import load_file, save_file
-from timing import Row, measure, report, save
+from timing import Row, measure, ratio, report, save
 
 from safecrit import ops
 
 SHARE = 100  # one entry in so many is selected
 CHUNK = 1 << 24  # bytes of a read from a file
+LARGE = 8_000_000_000  # entries on a GPU, as many as an 8 B model has
 
 
 def reads(device: str, scores: torch.Tensor) -> list[Row]:
@@ -73,6 +75,44 @@ def rows_of(device: str, numel: int) -> list[Row]:
     if device == "cpu":
         rows.append(measure("select_random", 4 * numel, lambda: ops.select_random([numel], k, 0), device, 5))
     return rows
+
+
+def large_rows(numel: int) -> list[Row]:
+    """On a GPU: a copy, select_top in CUDA, and both sides at the largest size, halved from `numel`, topk can do."""
+    rows = bandwidth("cuda", numel)
+    copied = rows[0].gigabytes_per_second
+    torch.manual_seed(0)
+    scores, k = torch.randn(numel, device="cuda"), numel // SHARE
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = ops.select_top([scores], k, backend="cuda")
+    output, peak = 8 * k / (1 << 20), (torch.cuda.max_memory_allocated() - before) / (1 << 20)
+    print(f"device memory: {output:.0f} MiB of output and {peak - output:.0f} MiB beside it")
+    expected = ops.select_top([scores], k, backend="reference")
+    if not torch.equal(found.indices[0], expected.indices[0]) or found.tied != expected.tied:
+        raise SystemExit("cuda differs from the reference")
+    del found, expected
+    ours = measure(f"cuda, {numel:.3g}", 4 * numel, lambda: ops.select_top([scores], k, backend="cuda"), "cuda")
+    print(f"{ours.milliseconds / 1e3 * copied / (ours.bytes / 1e9):.2f} reads at the copy's {copied:.0f} GB/s")
+    rows.append(ours)
+    size = numel
+    while True:
+        part = scores[:size]
+        try:
+            theirs = measure(
+                f"torch.topk of abs, {size:.3g}",
+                4 * size,
+                lambda part=part: torch.topk(part.abs(), len(part) // SHARE, sorted=False),  # type: ignore[misc]
+                "cuda",
+                3,
+            )
+            break
+        except RuntimeError as error:  # too large for it, or for the memory it takes
+            print(f"torch.topk of {size}: {str(error).splitlines()[0]}")
+            size //= 2
+    same = measure(f"cuda, {size:.3g}", 4 * size, lambda: ops.select_top([part], size // SHARE, backend="cuda"), "cuda")
+    print(f"{ratio(theirs, same)} x torch.topk on {size:.3g} entries")
+    return [*rows, theirs, same]
 
 
 class AnonymousPeak:
@@ -150,6 +190,9 @@ def main() -> None:
         if options.device == "cpu":
             extra_memory(options.numel or 1 << 27)
         rows = rows_of(options.device, options.numel or 1 << 27)
+        torch.cuda.empty_cache()
+        if options.device == "cuda" and any(row.name.startswith("cuda") for row in rows):
+            rows += large_rows(min(LARGE, torch.cuda.mem_get_info()[0] // 12))
     report(rows, options.device, rows[0], "of read")
     if options.save:
         print(save(rows, options.device, "select-top-mapped" if options.mapped else "select-top"))

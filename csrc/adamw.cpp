@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "check.h"
+#include "indices.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -15,12 +16,6 @@ namespace {
 
 constexpr int64_t kSparseChunk = 256;   // weight lines fetched ahead: 16 KiB
 constexpr int64_t kMaskedChunk = 256;  // entries, a multiple of 8: unpacking their mask bits leaves no gap in the reading
-
-#if defined(__GNUC__)
-#define SAFECRIT_PREFETCH_WRITE(address) __builtin_prefetch(address, 1)
-#else
-#define SAFECRIT_PREFETCH_WRITE(address) (void)(address)
-#endif
 
 // The new values of one entry.
 SAFECRIT_INLINE void update(float& weight, float grad, float& exp_avg, float& exp_avg_sq, const AdamWSettings& with) {
@@ -128,15 +123,6 @@ SAFECRIT_INLINE void sparse_range(const SparseAdamWArgs& args, int64_t begin, in
             case Dtype::float32: scatter<Float32>(args.weight, indices, w, count); break;
         }
     }
-}
-
-// Whether all of `indices` lie in [0, numel); as unsigned numbers, negative ones are large.
-SAFECRIT_INLINE bool inside(const int64_t* indices, int64_t count, int64_t numel) {
-    uint64_t outside = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        outside |= static_cast<uint64_t>(indices[i]) >= static_cast<uint64_t>(numel) ? 1u : 0u;
-    }
-    return outside == 0;
 }
 
 template <typename Args>

@@ -7,6 +7,7 @@
 
 #include "adamw_args.h"
 #include "bits.h"
+#include "gather.h"
 #include "matrix_std.h"
 #include "read_memory.h"
 
@@ -42,6 +43,14 @@ void bind_ops(py::module_& module) {
         free, py::arg("weight"), py::arg("indices"), py::arg("grad"), py::arg("master"), py::arg("exp_avg"),
         py::arg("exp_avg_sq"), py::arg("numel"), py::arg("k"), py::arg("dtypes"), py::arg("factors"),
         py::arg("threads"));
+    module.def(
+        "gather",
+        [](uintptr_t out, uintptr_t values, uintptr_t indices, int64_t numel, int64_t k, int dtype, bool wide, bool add,
+           int threads) {
+            gather_cpu(gather_args(out, values, indices, numel, k, dtype, wide, add), threads);
+        },
+        free, py::arg("out"), py::arg("values"), py::arg("indices"), py::arg("numel"), py::arg("k"), py::arg("dtype"),
+        py::arg("wide"), py::arg("add"), py::arg("threads"));
     module.def(
         "masked_adamw",
         [](uintptr_t weight, uintptr_t grad, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t bits, int64_t numel,

@@ -34,6 +34,18 @@ void bind_select(py::module_& module) {
                py::arg("segment") = tuning.segment, py::arg("runs") = tuning.runs, py::arg("run") = tuning.run,
                py::arg("low") = tuning.low, py::arg("high") = tuning.high);
     module.def(
+        "rank_counts",
+        [](const std::vector<uintptr_t>& data, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
+           bool largest, uint32_t low, uint32_t high, int shift, int threads) {
+            std::vector<int64_t> unused(sizes.size());
+            SelectTopArgs args{{}, sizes, {}, 0, largest, nullptr, unused.data()};
+            for (const uintptr_t pointer : data) args.data.push_back(reinterpret_cast<const void*>(pointer));
+            for (const int dtype : dtypes) args.dtypes.push_back(static_cast<Dtype>(dtype));
+            return rank_counts_cpu(args, low, high, shift, threads);
+        },
+        py::call_guard<py::gil_scoped_release>(), py::arg("data"), py::arg("sizes"), py::arg("dtypes"),
+        py::arg("largest"), py::arg("low"), py::arg("high"), py::arg("shift"), py::arg("threads"));
+    module.def(
         "select_random",
         [](const std::vector<uint64_t>& positions, const std::vector<int64_t>& sizes, int64_t k, uint64_t seed,
            uintptr_t out, uintptr_t counts, int threads) {

@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 
+#include "pages.h"
 #include "select_scan.h"
 #include "select_top.h"
 
@@ -116,6 +117,7 @@ void select_random_cpu(const std::vector<uint64_t>& positions, const std::vector
     const int64_t total = check(positions.size(), sizes, k, out, counts, threads);
     std::fill_n(counts, sizes.size(), 0);
     if (k == 0) return;
+    prefer_huge_pages(out, static_cast<size_t>(k) * sizeof(int64_t));
     Hashes hashes;
     for (const uint64_t position : positions) hashes.keys.push_back(mix(mix(seed) + position * kGolden));
     Scan<uint64_t, Hashes> scan(hashes, cut(sizes, int64_t{1} << 19), threads);

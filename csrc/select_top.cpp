@@ -12,6 +12,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "pages.h"
+#include "select_args.h"
 #include "select_scan.h"
 
 namespace safecrit {
@@ -152,31 +154,38 @@ private:
 
 using TopScan = Scan<uint32_t, Scores>;
 
+// How many entries have a rank in [over.low, over.high], by (rank - over.low) >> shift, in `bins` bins; and in one more,
+// the last, those ranked above.
+std::vector<int64_t> count_ranks(const TopScan& scan, const Range<uint32_t>& over, int shift, size_t bins) {
+    std::vector<std::vector<int64_t>> counts(static_cast<size_t>(scan.threads()));
+    for (auto& part : counts) part.resize(bins + 1);
+    scan.each_block(over, [&](size_t part, const uint32_t* ranks, int found) {
+        for (int j = 0; j < found; ++j) {
+            const size_t bin = ranks[j] > over.high ? bins : (ranks[j] - over.low) >> shift;
+            ++counts[part][bin];
+        }
+    });
+    for (size_t part = 1; part < counts.size(); ++part) {
+        for (size_t bin = 0; bin <= bins; ++bin) counts[0][bin] += counts[part][bin];
+    }
+    return counts[0];
+}
+
 // Exact: the ranks that share their upper digit with the threshold, or where these are too many the threshold alone.
 // Returns the number of reads. Sets low > high where fewer than k entries are not NaN.
 int histogram_range(const TopScan& scan, int64_t k, int64_t most_inside, Range<uint32_t>& range, int64_t& nan) {
     constexpr int kLow = 15;
-    const auto crossing = [&](const Range<uint32_t>& over, int shift, uint32_t least, size_t bins, int64_t& here) {
-        std::vector<std::vector<int64_t>> counts(static_cast<size_t>(scan.threads()));
-        for (auto& part : counts) part.resize(bins + 1);  // the last bin: NaN, or ranks above `over`
-        scan.each_block(over, [&](size_t part, const uint32_t* ranks, int found) {
-            for (int j = 0; j < found; ++j) {
-                const size_t bin = ranks[j] > over.high ? bins : (ranks[j] - least) >> shift;
-                ++counts[part][bin];
-            }
-        });
-        for (size_t part = 1; part < counts.size(); ++part) {
-            for (size_t bin = 0; bin <= bins; ++bin) counts[0][bin] += counts[part][bin];
-        }
-        if (shift != 0) nan = counts[0][bins];
-        for (size_t bin = bins; bin-- > 0; k -= counts[0][bin]) {
-            here = counts[0][bin];
+    int64_t here = 0;
+    const auto crossing = [&](const std::vector<int64_t>& counts) {
+        for (size_t bin = counts.size() - 1; bin-- > 0; k -= counts[bin]) {
+            here = counts[bin];
             if (k <= here) return static_cast<int64_t>(bin);
         }
         return int64_t{-1};
     };
-    int64_t here = 0;
-    const int64_t upper = crossing({0, kInfinity, false}, kLow, 0, (kInfinity >> kLow) + 1, here);
+    const std::vector<int64_t> counts = count_ranks(scan, {0, kInfinity, false}, kLow, (kInfinity >> kLow) + 1);
+    nan = counts.back();
+    const int64_t upper = crossing(counts);
     if (upper < 0) {
         range = {1, 0, false};
         return 1;
@@ -184,36 +193,14 @@ int histogram_range(const TopScan& scan, int64_t k, int64_t most_inside, Range<u
     const auto low = static_cast<uint32_t>(upper << kLow);
     range = {low, std::min(low + ((1u << kLow) - 1), kInfinity), false};
     if (here <= most_inside) return 1;
-    const auto rank = low + static_cast<uint32_t>(crossing(range, 0, low, size_t{1} << kLow, here));
+    const auto rank = low + static_cast<uint32_t>(crossing(count_ranks(scan, range, 0, size_t{1} << kLow)));
     range = {rank, rank, true};
     return 2;
 }
 
 int64_t check(const SelectTopArgs& args, const SelectTuning& tuning, int threads) {
     const auto refuse = [](const std::string& problem) { throw std::invalid_argument("select_top: " + problem); };
-    const auto aligned = [](const void* pointer, int64_t item) {
-        return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(item) == 0;
-    };
-    if (args.sizes.size() != args.data.size() || args.dtypes.size() != args.data.size()) {
-        refuse("as many pointers as sizes and dtypes are needed");
-    }
-    int64_t total = 0;
-    for (size_t i = 0; i < args.data.size(); ++i) {
-        const std::string where = "tensor " + std::to_string(i);
-        const int dtype = static_cast<int>(args.dtypes[i]);
-        if (dtype < 0 || dtype > 2) refuse(where + ": unknown dtype code " + std::to_string(dtype));
-        if (args.sizes[i] < 0) refuse(where + ": its size is negative");
-        if (args.sizes[i] > (int64_t{1} << 60) - total) refuse("more than 2^60 entries");
-        if (args.sizes[i] > 0 && args.data[i] == nullptr) refuse(where + ": null pointer");
-        if (!aligned(args.data[i], item_size(args.dtypes[i]))) refuse(where + ": misaligned pointer");
-        total += args.sizes[i];
-    }
-    if (args.k < 0 || args.k > total) {
-        refuse("k is " + std::to_string(args.k) + ", there are " + std::to_string(total) + " entries");
-    }
-    if (args.k > 0 && args.out == nullptr) refuse("null output");
-    if (!args.sizes.empty() && args.counts == nullptr) refuse("null counts");
-    if (!aligned(args.out, 8) || !aligned(args.counts, 8)) refuse("misaligned output");
+    const int64_t total = checked_total(args);
     if (threads < 1) refuse("threads must be at least 1");
     if (tuning.segment < 1 || tuning.segment > int64_t{1} << 30) refuse("segment must be 1 to 2^30");
     if (tuning.runs < 1 || tuning.run < 1 || tuning.runs > int64_t{1} << 24 || tuning.run > int64_t{1} << 24) {
@@ -236,6 +223,7 @@ SelectTopResult select_top_cpu(const SelectTopArgs& args, const SelectTuning& tu
         scan.pass({kInfinity, kInfinity, true}, total, 0);
         return {true, 0, 0, 0, scan.invalid, 1};
     }
+    prefer_huge_pages(args.out, static_cast<size_t>(args.k) * sizeof(int64_t));
 
     const int64_t most_inside = std::max(args.k, kStored);
     int passes = 0;
@@ -282,6 +270,16 @@ SelectTopResult select_top_cpu(const SelectTopArgs& args, const SelectTuning& tu
     if (range.low > range.high) return {false, 0, 0, 0, nan, passes};
     if (!hit(range, most_inside)) throw std::runtime_error("select_top: the scores changed while they were read");
     return finished();
+}
+
+std::vector<int64_t> rank_counts_cpu(const SelectTopArgs& args, uint32_t low, uint32_t high, int shift, int threads) {
+    const SelectTuning tuning;
+    check(args, tuning, threads);
+    if (low > high || high > kInfinity) throw std::invalid_argument("rank_counts: low and high must be ranks in order");
+    if (shift < 0 || shift > 30) throw std::invalid_argument("rank_counts: shift must be 0 to 30");
+    const Scores scores(args);
+    const TopScan scan(scores, cut(args.sizes, tuning.segment), threads);
+    return count_ranks(scan, {low, high, false}, shift, ((high - low) >> shift) + 1);
 }
 
 }  // namespace safecrit

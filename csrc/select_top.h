@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "esi_accumulate.h"
+#include "dtype.h"
 
 namespace safecrit {
 
@@ -36,6 +36,28 @@ struct SelectTopResult {
 
 // On the CPU with at most `threads` threads. Throws std::invalid_argument for arguments it cannot run with.
 SelectTopResult select_top_cpu(const SelectTopArgs& args, const SelectTuning& tuning, int threads);
+
+// How many entries have ranks low to high, counted by (rank - low) >> shift, and at the end how many rank above `high`:
+// NaN, where `high` is that of infinity. Of `args`, k and the outputs are not used.
+std::vector<int64_t> rank_counts_cpu(const SelectTopArgs& args, uint32_t low, uint32_t high, int shift, int threads);
+
+// On a CUDA device. Nothing in SelectCudaTuning changes a result that is a hit.
+struct SelectCudaTuning {
+    bool exact = false;  // find the threshold by histograms of all entries first
+    int64_t room = 0;    // entries that may be kept, at least k; 0: as many as are usual
+    int64_t place = 0;   // of the floor in the sample, from the greatest; 0: the usual
+};
+
+// What is written at `result`, followed by args.counts. kHit: 1 if the selection was made. If not, run again with
+// `exact`, and if it was `exact`, fewer than k entries are not NaN; nothing but kHit and kNan is set then.
+enum SelectResult { kHit, kThresholdBits, kTied, kTiedSelected, kNan, kSelectResults };
+
+int64_t select_top_cuda_scratch(const SelectTopArgs& args, const SelectCudaTuning& tuning);  // bytes
+
+// Data, output, `result` and `scratch` (aligned to 16) in device memory; args.counts is not used. Queues everything
+// on the stream and does not synchronise. Throws std::invalid_argument for arguments it cannot run with.
+void select_top_cuda(const SelectTopArgs& args, const SelectCudaTuning& tuning, int64_t* result, void* scratch,
+                     int device, void* stream);
 
 // The k entries with the smallest hashes, of tensors numbered `positions` with `sizes` entries.
 void select_random_cpu(const std::vector<uint64_t>& positions, const std::vector<int64_t>& sizes, int64_t k,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from safecrit.ops.adamw import AdamWStep
-from safecrit.ops.sparse_adamw import check_range
+from safecrit.ops.gather import check_range
 
 BLOCK = 1024  # 4 entries a thread with 8 warps
 _MAX_PROGRAMS = 1 << 30  # below the 2^31 - 1 programs of a CUDA grid's first dimension
@@ -112,7 +112,7 @@ def sparse_adamw(
     settings: AdamWStep,
 ) -> None:
     """See `safecrit.ops.sparse_adamw_`; its arguments have been checked there, but for the range of `indices`."""
-    check_range(indices, weight.numel())
+    check_range("sparse_adamw_", indices, weight.numel())
     k = indices.numel()
     with torch.cuda.device_of(weight):
         _sparse[(_programs("sparse_adamw_", k),)](

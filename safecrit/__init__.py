@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from safecrit.api.memory import MemoryScores as MemoryScores
     from safecrit.api.memory import score as score
+    from safecrit.masked import MaskedAdamW as MaskedAdamW
     from safecrit.maskfile import Mask as Mask
-    from safecrit.protect import ProtectCallback as ProtectCallback
-    from safecrit.protect import protect as protect
+    from safecrit.protection import ProtectCallback as ProtectCallback
+    from safecrit.protection import protect as protect
     from safecrit.scorefile import Scores as Scores
     from safecrit.sparse import SparseAdamW as SparseAdamW
     from safecrit.verification import verify as verify
@@ -22,16 +23,18 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Mask": "safecrit.maskfile",
+    "MaskedAdamW": "safecrit.masked",
     "MemoryScores": "safecrit.api.memory",
-    "ProtectCallback": "safecrit.protect",
+    "ProtectCallback": "safecrit.protection",
     "Scores": "safecrit.scorefile",
     "SparseAdamW": "safecrit.sparse",
-    "protect": "safecrit.protect",
+    "protect": "safecrit.protection",
     "score": "safecrit.api.memory",
     "verify": "safecrit.verification",
 }
 __all__ = [
     "Mask",
+    "MaskedAdamW",
     "MemoryScores",
     "ProtectCallback",
     "Scores",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from safecrit.costs import moved
 from safecrit.metamodel import ModelShape, activation_bytes, working_bytes
 
 Place = Literal["device", "judge device", "host", "disk"]
@@ -28,6 +29,7 @@ SCORE: tuple[Phase, ...] = ("score.model", "score.judge")
 CHUNK_BUFFERS = 4  # [chunk, V] float32 buffers of the relaxation alive at once: logits, noise, p, dS/dp
 LIBRARIES = 600 << 20  # torch and transformers, 520 to 550 MiB on a CPU (measured), and kernels that oneDNN compiles
 CUDA_CONTEXT = 700 << 20  # CUDA's context and cuBLAS workspaces; assumed
+BF16_FOLD = 10  # bytes an entry of the fold that the cost model was fitted on: a bfloat16 gradient, float32 sums
 BYTES_PER_ANSWER_TOKEN = 12  # of samples.jsonl: an id and its text
 
 
@@ -295,7 +297,8 @@ def _work(model: ModelShape, judge: ModelShape | None, plan: ScorePlan) -> Itera
         yield Work("writing answers", prompts * answer * 2.0 * model.active, steps * (read + cache))
     apart = plan.placement == "sequential" and judge is not None
     yield Work("model, forward and backward", forward * (3 + again + apart))
-    folded = batches * model.eligible * (plan.itemsize + 8.0)
+    sums = batches * model.eligible
+    folded = (plan.itemsize + 8.0) * (sums if not plan.cpu else moved("esi_accumulate_", sums) / BF16_FOLD)
     there = plan.accumulate_on in ("auto", "device")
     moved_off = 0.0 if there else link * batches * model.eligible * plan.itemsize
     yield Work("folding gradients into scores", 0.0, folded, moved_off)

@@ -82,6 +82,8 @@ def merge_adapter(loaded: LoadedModel, adapter: str | Path, mask: Mask, *, allow
         if np.array_equal(bits_of(new.reshape(-1)), bits_of(base.to(new.dtype).reshape(-1))):
             continue
         touched.add(name)
+        if not bool(torch.isfinite(new).all()):
+            raise SafecritError(f"{adapter}: makes {name} not finite. It is damaged, or its training diverged.")
         new = new.to(base.dtype, copy=True)
         frozen = mask.indices.get(name)
         if frozen is not None:

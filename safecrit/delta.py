@@ -19,6 +19,7 @@ from safecrit.checkpoint import check_changes, rewrite
 from safecrit.errors import FormatError, MismatchError
 from safecrit.files import StoredTensor, atomic, checkpoint_tensors
 from safecrit.fingerprint import Changes, fingerprint
+from safecrit.hub import find_file
 from safecrit.tensorfile import (
     CODES,
     DTYPES,
@@ -86,8 +87,8 @@ class Delta:
 
     @classmethod
     def load(cls, path: str | Path) -> Delta:
-        """Read a delta; FormatError with the first fault found."""
-        path = Path(path)
+        """Read a delta file, or the delta of a Hub id; FormatError with the first fault found."""
+        path = find_file(path, "delta")
         stored, document = read_document(path, FORMAT, VERSION)
         base, result = (json_field(document, key, (str,), str(path)) for key in ("base", "result"))
         about = json_field(document, "tensors", (dict,), str(path))
@@ -115,7 +116,8 @@ def make_delta(
     stored = checkpoint_tensors(base)
     check_changes(base, stored, trained)
     maps, tensors = MappedFiles(), {}
-    for name, (indices, values) in sorted(trained.items()):
+    for name in sorted(trained):
+        indices, values = trained[name]
         originals = maps.tensor(stored[name]).reshape(-1)[indices]
         moved = torch.from_numpy(bits_of(values) != bits_of(originals))
         if bool(moved.any()):

@@ -102,11 +102,25 @@ def _select_top(backend: str, device: torch.device) -> str | None:
     return None if torch.equal(chosen, expected) else "selected other entries than a full sort"
 
 
+def _rank_counts(backend: str, device: torch.device) -> str | None:
+    scores = [_made(1001), _made(57, 11, seed=1)]
+    ours = ops.rank_counts([score.to(device) for score in scores], backend=backend)  # type: ignore[arg-type]
+    expected = ops.rank_counts(scores, backend="reference")
+    return None if torch.equal(ours, expected) else "counted otherwise than the reference"
+
+
 def _select_random(backend: str, device: torch.device) -> str | None:
     ours = ops.select_random([1001, 627], 100, 7, backend=backend)  # type: ignore[arg-type]
     expected = ops.select_random([1001, 627], 100, 7, backend="reference")
     same = all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     return None if same else "selected other entries than the reference"
+
+
+def _gather(backend: str, device: torch.device) -> str | None:
+    values, indices = _made(1001), torch.arange(0, 1001, 3)
+    out = torch.ones(len(indices), device=device)
+    ops.gather_(out, values.to(device), indices.to(device), add=True, backend=backend)  # type: ignore[arg-type]
+    return _differ("out", out, 1 + values[indices], 0.0)
 
 
 def _adamw(backend: str, device: torch.device, *, masked: bool) -> str | None:
@@ -146,7 +160,9 @@ _CHECKS: dict[str, Callable[[str, torch.device], str | None]] = {
     "esi_accumulate_": _esi_accumulate,
     "matrix_std": _matrix_std,
     "select_top": _select_top,
+    "rank_counts": _rank_counts,
     "select_random": _select_random,
+    "gather_": _gather,
     "sparse_adamw_": lambda backend, device: _adamw(backend, device, masked=False),
     "masked_adamw_": lambda backend, device: _adamw(backend, device, masked=True),
     "bits_from_indices": _bits,

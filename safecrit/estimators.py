@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
+from safecrit import distributed
 from safecrit.activations import checkpointed
 from safecrit.bridge import cached_vocabulary_matrix, identity_matrix, position_matrix
 from safecrit.errors import SafecritError, is_out_of_memory
@@ -124,6 +125,7 @@ class RelaxedEstimator:
         with torch.no_grad():
             self.bridged = matrix.embed(embedding(ids).detach())
         self.live = matrix.live
+        self.together = distributed.is_sharded(judge.model)
         self.read = lru_cache(maxsize=READ_AHEAD)(self._read)
 
     def unfit(self, item: Item) -> str:
@@ -186,24 +188,32 @@ class RelaxedEstimator:
         work = sorted(
             ((n, d) for n in range(len(items)) for d in range(draws)), key=lambda w: (len(entries[w[0]].ids), w)
         )
+
+        def ask(chunk: list[tuple[int, int]]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
+            """Gradients to the shifted embeddings, s and log p of each conversation."""
+            leaves = []
+            for n, draw in chunk:
+                shift = sent[n][draw].to(device)
+                leaf = judge.embed(entries[n]).to(torch.promote_types(shift.dtype, torch.float32))
+                leaf[entries[n].answer] += shift
+                leaves.append(leaf.requires_grad_(True))
+            with checkpointed(judge.model, self.checkpoint):
+                verdicts = judge.verdicts([entries[n] for n, _ in chunk], leaves)
+                s = judge.objective(verdicts)
+                return torch.autograd.grad(s.sum(), leaves), s, verdicts
+
+        if self.together:  # every rank asks a sharded judge as often as the others
+            own = -(-len(work) // self.judge_batch_size)
+            for _ in range(distributed.most(own) - own):
+                ask(work[:1])
         done = 0
         while done < len(work):
             chunk = work[done : done + self.judge_batch_size]
             try:
-                leaves = []
-                for n, draw in chunk:
-                    shift = sent[n][draw].to(device)
-                    leaf = judge.embed(entries[n]).to(torch.promote_types(shift.dtype, torch.float32))
-                    leaf[entries[n].answer] += shift
-                    leaves.append(leaf.requires_grad_(True))
-                with checkpointed(judge.model, self.checkpoint):
-                    verdicts = judge.verdicts([entries[n] for n, _ in chunk], leaves)
-                    s = judge.objective(verdicts)
-                    found = torch.autograd.grad(s.sum(), leaves)
+                found, s, verdicts = ask(chunk)
             except RuntimeError as error:
-                if not is_out_of_memory(error) or len(chunk) == 1:
+                if not is_out_of_memory(error) or len(chunk) == 1 or self.together:
                     raise
-                leaves = []
                 self.judge_batch_size = len(chunk) // 2
                 continue
             for (n, draw), grad, value, (safe, unsafe) in zip(chunk, found, s.tolist(), verdicts.tolist(), strict=True):

@@ -16,6 +16,13 @@ from safecrit.errors import FormatError, SafecritError
 
 PART = ".part"  # ends the name of a file that is being written
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference reader
+_parts: set[Path] = set()  # files that are being written by this process
+
+
+def remove_parts() -> None:
+    """Remove what this process is writing and will not finish, before it ends without a chance to clean up."""
+    for part in list(_parts):
+        part.unlink(missing_ok=True)
 
 
 def cache_root() -> Path:
@@ -40,6 +47,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
+        _parts.add(temporary)
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
@@ -53,6 +61,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+            _parts.discard(temporary)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -7,12 +7,13 @@ repetition penalty or temperature would make the answers another model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safecrit import distributed
 from safecrit.chat import ChatSettings, after_thought, encode_continuation, encode_prompt
 from safecrit.errors import SafecritError, is_out_of_memory
 from safecrit.models import context_window
@@ -96,7 +97,8 @@ def generate_samples(
     room for an answer in the model's window raises SafecritError naming its row;
     an answer that the window cuts short counts as unfinished. `keep` hears of every
     prompt's answers (its place in `prompts`) as soon as they are made; `known` are those
-    an interrupted run had kept, whose batches are not made again.
+    an interrupted run had kept, whose batches are not made again. Several ranks divide the batches, and each
+    hears of its own; all of them get all answers.
     """
     begun = encode_continuation(tokenizer, settings.prefill) if settings.prefill else []
     encoded = [encode_prompt(tokenizer, list(prompt.messages), chat=settings.chat) + begun for prompt in prompts]
@@ -109,32 +111,54 @@ def generate_samples(
             )
     order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
     answers: dict[int, list[Answer]] = dict(known or {})
-    done, size = 0, settings.batch_size
-    while done < len(order):
-        rows = order[done : done + size]
-        if window is not None and len(encoded[rows[-1]]) + settings.max_new_tokens > window:
-            # Answers here are cut by the window; alone, a prompt's answer does not depend on its neighbours' length.
-            rows = rows[:1]
+    batches = []
+    for rows in _batches(order, [len(ids) for ids in encoded], settings, window):
         if any(row not in answers for row in rows):
+            batches.append(rows)
+    tally = distributed.Tally(len(order) - sum(map(len, batches)))
+    most = settings.batch_size
+
+    def answer(rows: list[int]) -> dict[int, list[Answer]]:
+        nonlocal most
+        found: dict[int, list[Answer]] = {}
+        while left := rows[len(found) :][:most]:
             try:
-                batch = _generate_batch(model, tokenizer, [encoded[i] for i in rows], settings, window, rows[0], begun)
+                own = [encoded[i] for i in left]
+                made = _generate_batch(model, tokenizer, own, settings, window, left[0], begun)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if len(rows) == 1:
+                if len(left) == 1:
                     raise SafecritError(
                         "out of memory while answering one prompt. Lower --max-new-tokens or use a smaller --dtype."
                     ) from error
-                size = len(rows) // 2
+                most = len(left) // 2
                 continue
-            for row, made in zip(rows, batch, strict=True):
-                answers[row] = made
-                if keep is not None:
-                    keep(row, made)
-        done += len(rows)
+            found |= dict(zip(left, made, strict=True))
+        if keep is not None:
+            for row, own_answers in found.items():
+                keep(row, own_answers)
         if progress is not None:
-            progress(done, len(order))
+            progress(min(tally(len(rows)), len(order)), len(order))
+        return found
+
+    for found in distributed.divided(batches, answer, together=distributed.is_sharded(model)):
+        answers |= found
     return [answers[row] for row in range(len(prompts))]
+
+
+def _batches(
+    order: Sequence[int], lengths: Sequence[int], settings: GenerationSettings, window: int | None
+) -> Iterator[list[int]]:
+    """The prompts in `order` that are answered at once."""
+    done = 0
+    while done < len(order):
+        rows = list(order[done : done + settings.batch_size])
+        if window is not None and lengths[rows[-1]] + settings.max_new_tokens > window:
+            # Answers here are cut by the window; alone, a prompt's answer does not depend on its neighbours' length.
+            rows = rows[:1]
+        yield rows
+        done += len(rows)
 
 
 @torch.no_grad()
@@ -177,7 +201,10 @@ def _generate_batch(
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(settings.seed * 1_000_003 + first)
             made: Any = generator.generate(
-                input_ids=tokens.to(model.device), attention_mask=attention.to(model.device), generation_config=own
+                input_ids=tokens.to(model.device),
+                attention_mask=attention.to(model.device),
+                generation_config=own,
+                synced_gpus=distributed.is_sharded(model),
             )
     finally:
         model.generation_config = inherited

@@ -6,14 +6,15 @@ device, in host memory or in mapped files; never two dense gradients at once.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from safecrit import ops
+from safecrit import distributed, ops
 from safecrit.anatomy import Anatomy, CheckpointTensor
 from safecrit.errors import SafecritError
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 Reduction = Literal["signed", "abs", "square"]
 Place = Literal["device", "host", "disk"]
-ACCUMULATOR = "accumulator-{:05d}.bin"
+ACCUMULATOR = "accumulator-{}-{:05d}.bin"  # rank, tensor
 
 
 def _reserve(file: Path, size: int) -> None:
@@ -48,6 +49,14 @@ def part_of(tensor: torch.Tensor, entry: CheckpointTensor) -> torch.Tensor:
     return part.float() if part.dtype == torch.float64 else part
 
 
+def scaled_part(entry: CheckpointTensor, parameter: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Sums of a runtime parameter's gradient as those of a checkpoint tensor times sigma, in its shape, contiguous."""
+    part = entry.source.of(parameter).clone(memory_format=torch.contiguous_format)
+    for matrix, value in zip(entry.layout.matrices, sigma.tolist(), strict=True):
+        matrix.where.of(part).mul_(value)
+    return part
+
+
 class GradientStream:
     """Hooks on a model's eligible parameters that accumulate sigma x gradient.
 
@@ -56,7 +65,7 @@ class GradientStream:
     sigma: float64 [matrices] by checkpoint name; 1 where `scaled` is false.
     nonfinite: gradient entries that were NaN or infinite since the last `reset`.
     folds: gradients added so far. Use as a context manager: on exit, hooks and
-    gradient requirements are as before.
+    gradient requirements are as before. Given `sigma`, it is not computed.
     """
 
     def __init__(
@@ -69,33 +78,42 @@ class GradientStream:
         place: Place = "device",
         folder: Path | None = None,
         device: torch.device | None = None,
+        sigma: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.anatomy, self.reduction = anatomy, reduction
+        self._place, self._folder = place, folder
         self.nonfinite, self.folds, self.check_only = 0, 0, False
         self.accumulators: dict[str, torch.Tensor] = {}
         self.sigma: dict[str, torch.Tensor] = {}
         self._files: list[Path] = []
-        parameters = dict(model.named_parameters())
-        for number, entry in enumerate(anatomy.eligible):
-            weight, shape = parameters[entry.parameter].detach(), entry.layout.shape
-            if place == "disk":
-                assert folder is not None
-                self._files.append(folder / ACCUMULATOR.format(number))
-                numel = entry.layout.numel
-                _reserve(self._files[-1], 4 * numel)
-                mapped = torch.from_file(str(self._files[-1]), shared=True, size=numel, dtype=torch.float32)
-                self.accumulators[entry.name] = mapped.view(shape)
-            else:
-                where = torch.device("cpu") if place == "host" else device or weight.device
-                self.accumulators[entry.name] = torch.zeros(shape, dtype=torch.float32, device=where)
+        self._parameters = dict(model.named_parameters())
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._required: dict[str, bool] = {}
+        self._prepare(scaled, sigma, device)
+
+    def _prepare(self, scaled: bool, sigma: Mapping[str, torch.Tensor] | None, device: torch.device | None) -> None:
+        """Make accumulators and sigma."""
+        for number, entry in enumerate(self.anatomy.eligible):
+            weight = self._parameters[entry.parameter].detach()
+            self.accumulators[entry.name] = self._zeros(number, entry.layout.shape, device or weight.device)
             patterns = [matrix.where for matrix in entry.layout.matrices]
-            if scaled:
+            if scaled and sigma is not None:
+                self.sigma[entry.name] = sigma[entry.name]
+            elif scaled:
                 self.sigma[entry.name] = ops.matrix_std(part_of(weight, entry), patterns).cpu()
             else:
                 self.sigma[entry.name] = torch.ones(len(patterns), dtype=torch.float64)
-        self._parameters = parameters
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._required: dict[str, bool] = {}
+
+    def _zeros(self, number: int, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        """An accumulator where they all lie."""
+        if self._place != "disk" or not math.prod(shape):
+            where = torch.device("cpu") if self._place != "device" else device
+            return torch.zeros(shape, dtype=torch.float32, device=where)
+        assert self._folder is not None
+        file, numel = self._folder / ACCUMULATOR.format(distributed.current().rank, number), math.prod(shape)
+        self._files.append(file)
+        _reserve(file, 4 * numel)
+        return torch.from_file(str(file), shared=True, size=numel, dtype=torch.float32).view(*shape)
 
     def __enter__(self) -> GradientStream:
         wanted = {entry.parameter for entry in self.anatomy.eligible}

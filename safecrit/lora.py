@@ -6,9 +6,11 @@ merged again, under another mask or none.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,12 +25,18 @@ from safecrit.trainloop import Progress, TrainRecord, TrainSettings, train
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """The adapter; names and meanings are PEFT's. `target_modules`: names, or `("all-linear",)`."""
+    """The adapter; names and meanings are PEFT's. `target_modules`: names, or `("all-linear",)`.
+
+    `target_parameters`: weights that belong to no linear layer, such as fused experts (`mlp.experts.gate_up_proj`).
+    """
 
     r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] = ("all-linear",)
+    target_parameters: tuple[str, ...] = ()
+    use_rslora: bool = False
+    use_dora: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +48,39 @@ class TrainedAdapter:
     settings: TrainSettings
     record: TrainRecord
     data: Mixture
+
+
+def lora_headline(lora: LoraSettings) -> str:
+    """One line on an adapter that is to be trained."""
+    targets = ", ".join((*lora.target_modules, *lora.target_parameters))
+    return f"Training a {'DoRA' if lora.use_dora else 'LoRA'} adapter of rank {lora.r} on {targets}, base frozen"
+
+
+def adapt(model: Any, lora: LoraSettings, seed: int) -> Any:
+    """`model` with a fresh adapter, a PeftModel whose start is a function of `seed`.
+
+    Raises SafecritError where PEFT is not installed or refuses the settings.
+    """
+    peft = peft_module()
+    targets = lora.target_modules
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # PEFT 0.21 asks transformers 5.23 by a name that this calls old.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            torch.manual_seed(seed)
+            config = peft.LoraConfig(
+                task_type="CAUSAL_LM",
+                r=lora.r,
+                lora_alpha=lora.lora_alpha,
+                lora_dropout=lora.lora_dropout,
+                target_modules=targets[0] if targets == ("all-linear",) else list(targets),
+                target_parameters=list(lora.target_parameters) or None,
+                use_rslora=lora.use_rslora,
+                use_dora=lora.use_dora,
+            )
+            return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise SafecritError(f"LoRA settings: {str(error).splitlines()[0][:200]}") from error
 
 
 def train_adapter(
@@ -58,24 +99,10 @@ def train_adapter(
 
     The data and checkpoints are `run_spa`'s. Raises SafecritError where PEFT refuses the settings.
     """
-    peft = peft_module()
     data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
-    if loaded.model.device.type == "cpu":
+    if loaded.model.dtype == torch.float16:
         loaded.model.float()
-    targets = lora.target_modules
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            config = peft.LoraConfig(
-                task_type="CAUSAL_LM",
-                r=lora.r,
-                lora_alpha=lora.lora_alpha,
-                lora_dropout=lora.lora_dropout,
-                target_modules=targets[0] if targets == ("all-linear",) else list(targets),
-            )
-            model = peft.get_peft_model(loaded.model, config)
-    except ValueError as error:
-        raise SafecritError(f"LoRA settings: {str(error).splitlines()[0][:200]}") from error
+    model = adapt(loaded.model, lora, settings.seed)
     record = train(replace(loaded, model=model), data, settings, progress, checkpoints)
     model.save_pretrained(folder)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from safecrit.errors import MismatchError, SafecritError
+from safecrit.hub import find_file
 from safecrit.layout import TensorLayout
 from safecrit.maskformat import TIE_RULE, MaskInfo, read_mask, write_mask
 from safecrit.tensorfile import SHARD_BYTES
@@ -31,32 +32,42 @@ class HasLayouts(Protocol):
 
 
 class Mask:
-    """Selected weights: `indices` per checkpoint tensor (flat, int64 [n], sorted, unique), and `info`."""
+    """Selected weights: `indices` per checkpoint tensor (flat, int64 [n], sorted, unique), and `info`.
 
-    def __init__(self, indices: Mapping[str, torch.Tensor], info: MaskInfo) -> None:
+    counts: selected weights per tensor. Where several ranks selected together, `indices` holds this rank's tensors
+    alone, `counts` all of them, and the ranks `save` together.
+    """
+
+    def __init__(
+        self, indices: Mapping[str, torch.Tensor], info: MaskInfo, counts: Mapping[str, int] | None = None
+    ) -> None:
         """Keep the tensors that have entries, in name order."""
         self.indices = {name: flat for name, flat in sorted(indices.items()) if len(flat)}
-        self.info = info
+        self.info, self._shared = info, counts is not None
+        if counts is None:
+            counts = {name: len(flat) for name, flat in self.indices.items()}
+        self.counts = {name: count for name, count in sorted(counts.items()) if count}
         unknown = set(self.indices) - set(info.tensors)
         assert not unknown, f"selected from tensors that the info does not list: {sorted(unknown)}"
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
-        """Read a mask file, its index, or a folder that holds one mask; FormatError where it is malformed."""
-        return cls(*read_mask(path))
+        """Read a mask file, its index, a folder that holds one mask, or a Hub id; FormatError where it is malformed."""
+        return cls(*read_mask(find_file(path, "mask")))
 
     def save(self, path: str | Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
         """Write the mask to `path` (sharded above `shard_bytes`); the files written."""
-        return write_mask(path, self.indices, self.info, shard_bytes=shard_bytes)
+        counts = self.counts if self._shared else None
+        return write_mask(path, self.indices, self.info, counts=counts, shard_bytes=shard_bytes)
 
     @property
     def count(self) -> int:
         """Number of selected weights, k."""
-        return sum(len(flat) for flat in self.indices.values())
+        return sum(self.counts.values())
 
     def __repr__(self) -> str:
         """Short form for a console."""
-        return f"Mask({self.info.mode}, {self.count:,} of {self.info.total:,} weights in {len(self.indices)} tensors)"
+        return f"Mask({self.info.mode}, {self.count:,} of {self.info.total:,} weights in {len(self.counts)} tensors)"
 
     def dense(self, name: str) -> torch.Tensor:
         """Bool tensor in the shape of checkpoint tensor `name`, true where selected."""

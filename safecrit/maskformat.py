@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 
-from safecrit import ops
+from safecrit import distributed, ops
 from safecrit.errors import FormatError, SafecritError
 from safecrit.files import StoredTensor, atomic, write_json
 from safecrit.layout import TensorLayout, layout_from_json, layout_to_json
 from safecrit.tensorfile import (
     SHARD_BYTES,
     MappedFiles,
-    TensorWriter,
     check_format,
     index_dtype,
     json_field,
@@ -88,16 +87,25 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def write_mask(
-    path: str | Path, indices: Mapping[str, torch.Tensor], info: MaskInfo, *, shard_bytes: int = SHARD_BYTES
+    path: str | Path,
+    indices: Mapping[str, torch.Tensor],
+    info: MaskInfo,
+    *,
+    counts: Mapping[str, int] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
     """Write `indices` (per tensor int64 [n], sorted) to `path`; the files written, the one to open last.
 
     More than `shard_bytes` of entries go to `STEM-00001-of-0000N.safetensors` beside `path`,
     named by `PATH.index.json`; files of an earlier mask of that name are then removed.
+
+    `counts`: of all tensors, where `indices` are those of this rank alone; all ranks then call this together.
     """
-    path = Path(path)
-    plan = {name: _encoding(len(flat), info.tensors[name].numel) for name, flat in sorted(indices.items()) if len(flat)}
-    document = _document(indices, info)
+    path, together = Path(path), counts is not None
+    found = {name: len(flat) for name, flat in indices.items()} if counts is None else counts
+    found = {name: count for name, count in sorted(found.items()) if count}
+    plan = {name: _encoding(count, info.tensors[name].numel) for name, count in found.items()}
+    document = _document(found, info)
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     filled = 0
     for name, (kind, dtype, length) in plan.items():
@@ -116,9 +124,13 @@ def write_mask(
         documents = [{"format": FORMAT, "version": VERSION, "shard": i + 1} for i in range(len(shards))]
     with ExitStack() as stack:
         for file, entries, part in zip(files, shards, documents, strict=True):
-            writer = stack.enter_context(TensorWriter(stack.enter_context(atomic(file)), entries, part))
+            temporary = stack.enter_context(distributed.atomic_together(file) if together else atomic(file))
+            writer = stack.enter_context(distributed.writer(temporary, entries, part, together=together))
             for key in entries:
-                writer.write(key, _encode(indices, info, key))
+                if key.rpartition("::")[0] in indices:
+                    writer.write(key, _encode(indices, info, key))
+    if together and not distributed.current().first:
+        return [*files, *([index] if len(shards) > 1 else [])]
     if len(shards) > 1:
         keys = {key: file.name for file, entries in zip(files, shards, strict=True) for key in entries}
         write_json(index, {"metadata": {"safecrit": document}, "weight_map": keys})
@@ -208,8 +220,7 @@ def decode_entries(maps: MappedFiles, entry: StoredTensor, kind: str, numel: int
     return flat
 
 
-def _document(indices: Mapping[str, torch.Tensor], info: MaskInfo) -> dict[str, Any]:
-    counts = {name: len(flat) for name, flat in indices.items() if len(flat)}
+def _document(counts: Mapping[str, int], info: MaskInfo) -> dict[str, Any]:
     tensors = {name: layout_to_json(layout) for name, layout in info.tensors.items()}
     fixed = {"format": FORMAT, "version": VERSION, "tensors": tensors, "counts": counts, "k": sum(counts.values())}
     return fixed | {key: getattr(info, key) for key in _FIELDS}

@@ -67,6 +67,15 @@ def read_shape(
 ) -> ModelShape:
     """The shape of the model that a folder's config.json describes; no weights are read or made.
 
+    Errors are `meta_model`'s.
+    """
+    model = meta_model(folder, trust_remote_code=trust_remote_code)
+    return shape_of(model, name=folder.name, include=include, exclude=exclude)
+
+
+def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that a folder's config.json describes, on the meta device.
+
     A causal language model, or a classifier where config.json names one. Raises SafecritError for
     a config that cannot be read, is quantised, or belongs to no such model.
     """
@@ -82,11 +91,11 @@ def read_shape(
     try:
         described = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = kind.from_config(described, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = kind.from_config(described, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise SafecritError(f"{folder}/config.json: describes no language model that can be built ({line}).") from error
-    return shape_of(model, name=folder.name, include=include, exclude=exclude)
+    return model
 
 
 def shape_of(

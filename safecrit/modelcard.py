@@ -20,7 +20,8 @@ FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 class CardFacts:
     """What the card says. `base`: Hub id or folder of the base model. `mask_note`: one line on the mask.
 
-    `steps` and `learning_rate` are None where an adapter trained elsewhere was merged.
+    `steps` and `learning_rate` are None where an adapter trained elsewhere was merged. `peak_memory` in bytes, 0 where
+    not known.
     """
 
     mode: str
@@ -38,6 +39,8 @@ class CardFacts:
     moved: Sequence[Moved]
     warnings: Sequence[str]
     delta_only: bool = False
+    tokens_per_second: float = 0.0
+    peak_memory: int = 0
 
 
 def base_licence(folder: Path) -> str | None:
@@ -64,6 +67,9 @@ def model_card(facts: CardFacts) -> str:
     revision = f", revision `{facts.revision}`" if facts.revision else ""
     loss = f", last loss {facts.final_loss:.4g}" if facts.final_loss is not None else ""
     steps = "" if facts.steps is None else f" {facts.steps} steps, learning rate {facts.learning_rate:g}{loss}."
+    if facts.tokens_per_second:
+        memory = f", {facts.peak_memory / 2**30:.2f} GiB of memory at the peak" if facts.peak_memory else ""
+        steps += f" {facts.tokens_per_second:,.0f} tokens a second{memory}."
     parts = [
         "\n".join(front),
         f"# {name}, {'safety-tuned (SET)' if facts.mode == 'set' else 'adapted with protected weights (SPA)'}",

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safecrit.checkpoint_map import keep_stored_names
 from safecrit.errors import SafecritError
 from safecrit.files import checkpoint_tensors
+from safecrit.hub import fetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,24 +66,7 @@ def resolve_folder(model: str | Path, *, revision: str | None = None) -> Path:
         raise SafecritError(f"{path}: is a file. Give a model folder or a Hub id such as owner/name.")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise SafecritError(f"{name}: no such folder. Give a model folder or a Hub id such as owner/name.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(name, revision=revision, ignore_patterns=["*.gguf", "original/*", "*.onnx", "*.h5"])
-        )
-    except GatedRepoError as error:
-        raise SafecritError(
-            f"{name}: is gated. Accept its terms at https://huggingface.co/{name}, then run `hf auth login`."
-        ) from error
-    except HFValidationError as error:
-        raise SafecritError(f"{name}: no such folder, and no Hub id either. Use a folder or owner/name.") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise SafecritError(
-            f"{name}: no such folder, and it could not be fetched from the Hub ({type(error).__name__}). "
-            "Check the name, the network and, for private models, `hf auth login`."
-        ) from error
+    return fetch(name, "model folder", revision=revision, ignore=["*.gguf", "original/*", "*.onnx", "*.h5"])
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -37,18 +37,20 @@ def place(mask: Mask, anatomy: Anatomy) -> dict[str, torch.Tensor]:
     int32, or int64 from 2^31 entries on: at one weight in a hundred, positions are a
     fifth of SET's memory.
     """
-    parts: dict[str, list[torch.Tensor]] = {}
-    for name, tensor in anatomy.tensors.items():
-        flat = mask.indices.get(name)
-        if flat is not None and len(flat):
-            parts.setdefault(tensor.parameter, []).append(runtime_indices(tensor.source, flat))
     numel: dict[str, int] = {}
     for tensor in anatomy.tensors.values():
         numel[tensor.parameter] = numel.get(tensor.parameter, 0) + tensor.layout.numel
-    return {
-        name: torch.cat(found).sort().values.to(torch.int32 if numel[name] < 2**31 else torch.int64)
-        for name, found in parts.items()
-    }
+    placed = {}
+    for name, size in numel.items():  # one parameter after the other: beside the result no more than one's positions
+        parts = [
+            runtime_indices(tensor.source, mask.indices[tensor.name])
+            for tensor in anatomy.of_parameter(name)
+            if tensor.name in mask.indices
+        ]
+        if parts:
+            found = torch.cat(parts).sort().values if len(parts) > 1 else parts[0].sort().values
+            placed[name] = found.to(torch.int32 if size < 2**31 else torch.int64)
+    return placed
 
 
 def unwrap(model: Any) -> Any:
@@ -61,12 +63,24 @@ def unwrap(model: Any) -> Any:
 
 
 def refuse_adapters(model: Any) -> None:
-    """SafecritError for a model that trains PEFT adapters, where a mask of the base weights reaches nothing."""
+    """SafecritError where `model` trains PEFT adapters, which a mask of base weights does not reach."""
     if getattr(model, "peft_config", None):
         raise SafecritError(
-            "this model trains PEFT adapters, and a mask of the base weights has no hold on those. Train the adapter "
-            "as it is, then merge it under the mask: safecrit merge MODEL ADAPTER --mask MASK -o OUT."
+            "this model trains PEFT adapters, and a mask selects base weights: it would do nothing there, since those "
+            "stay as they are until the adapter is merged. Train without the mask, save the adapter, and merge it with "
+            "`safecrit merge MODEL ADAPTER --mask MASK -o OUT` (in Python: safecrit.merge)."
         )
+
+
+def refuse_deepspeed(optimizer: Any) -> None:
+    """SafecritError where DeepSpeed owns the weights: it keeps copies of its own and writes them over the model's."""
+    while optimizer is not None:
+        if "deepspeed" in type(optimizer).__module__ or "deepspeed" in type(optimizer).__name__.lower():
+            raise SafecritError(
+                "DeepSpeed (ZeRO) keeps its own copies of the weights and would overwrite what a mask holds. "
+                "Train without it, on one process or with DistributedDataParallel."
+            )
+        optimizer = getattr(optimizer, "optimizer", None)
 
 
 def check_parameter(name: str, parameter: torch.nn.Parameter) -> None:

@@ -17,10 +17,11 @@ from typing import Any, Self
 
 import torch
 
+from safecrit import distributed
 from safecrit.errors import FormatError, SafecritError
-from safecrit.files import StoredTensor, atomic, write_json
+from safecrit.files import StoredTensor, write_json
 from safecrit.layout import TensorLayout, layout_from_json, layout_to_json
-from safecrit.tensorfile import DTYPES, SHARD_BYTES, MappedFiles, TensorWriter, check_format, json_field, read_document
+from safecrit.tensorfile import DTYPES, SHARD_BYTES, MappedFiles, check_format, json_field, read_document
 
 FORMAT = "safecrit-scores"
 VERSION = 1
@@ -42,7 +43,8 @@ def write_scores(
     `tensors` yields every eligible tensor of `layouts` once, in any order, signed, in its layout's
     shape (any float dtype and device); each is written, as `dtype`, when it comes. `info` becomes
     score.json, with format, version, dtype, layouts and the weight counts added. Shards appear
-    under their names together, score.json after them.
+    under their names together, score.json after them. Several ranks call this together, each
+    with tensors of its own.
     """
     folder = Path(folder)
     if dtype not in SCORE_DTYPES:
@@ -60,21 +62,34 @@ def write_scores(
     files = [folder / f"scores-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     stale = [file for file in folder.glob("scores-*.safetensors") if _SHARD_NAME.fullmatch(file.name)]
     with ExitStack() as stack:
-        writers: dict[str, TensorWriter] = {}
+        writers: dict[str, Any] = {}
         for file, names in zip(files, shards, strict=True):
             entries = {name: (dtype, eligible[name].shape) for name in names}
             document = {"format": FORMAT, "version": VERSION}
-            writer = stack.enter_context(TensorWriter(stack.enter_context(atomic(file)), entries, document))
+            temporary = stack.enter_context(distributed.atomic_together(file))
+            writer = stack.enter_context(distributed.writer(temporary, entries, document))
             writers |= dict.fromkeys(names, writer)
         for name, tensor in tensors:
             if name not in writers:
                 raise ValueError(f"{name}: not an eligible tensor of the layouts")
             writers[name].write(name, tensor.to(dtype))
         # What is there now is about to be replaced, and no longer finished.
-        (folder / "score.json").unlink(missing_ok=True)
+        if distributed.current().first:
+            (folder / "score.json").unlink(missing_ok=True)
+    if distributed.current().first:
+        _finish(folder, [file for file in stale if file not in files], layouts, info, dtype)
+    distributed.barrier()
+
+
+def _finish(
+    folder: Path,
+    stale: Iterable[Path],
+    layouts: Mapping[str, TensorLayout],
+    info: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> None:
     for file in stale:
-        if file not in files:
-            file.unlink()
+        file.unlink()
     total = sum(layout.numel for layout in layouts.values())
     added = {
         "format": FORMAT,
@@ -82,7 +97,7 @@ def write_scores(
         "dtype": str(dtype).removeprefix("torch."),
         "layouts": {name: layout_to_json(layout) for name, layout in sorted(layouts.items())},
         "total": info.get("total", total),
-        "eligible": sum(layout.numel for layout in eligible.values()),
+        "eligible": sum(layout.numel for layout in layouts.values() if layout.eligible),
     }
     write_json(folder / "score.json", dict(info) | added)
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from safecrit import distributed
 from safecrit.activations import checkpointed
+from safecrit.anatomy import Anatomy, CheckpointTensor
 from safecrit.errors import SafecritError, is_out_of_memory
 from safecrit.estimators import Estimator, Item, Judged
 from safecrit.gradients import GradientStream, part_of
@@ -40,15 +42,29 @@ class Progress(Protocol):
 class ScoreState:
     """What a run has done so far; with the accumulators it is all that a resumed run needs.
 
-    plan: answers of each batch. tokens: the largest batch, in padded tokens, that memory allowed, once it ran out.
+    plan: answers of each batch. done: batches of the plan that are in the sums. tokens: the largest batch, in padded
+    tokens, that memory allowed, once it ran out.
     """
 
     plan: list[int] = field(default_factory=list)
-    batches: int = 0
+    done: list[int] = field(default_factory=list)
     used: int = 0
     tokens: int | None = None
     dropped: list[dict[str, Any]] = field(default_factory=list)
     values: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class Base(Protocol):
+    """Sums over other batches of the same plan, made by an earlier run."""
+
+    @property
+    def state(self) -> ScoreState:
+        """Which batches, and what became of them."""
+        ...
+
+    def sums(self, entry: CheckpointTensor, sigma: torch.Tensor) -> torch.Tensor:
+        """The sums of one checkpoint tensor, float32 in its shape, on the CPU."""
+        ...
 
 
 Save = Callable[[ScoreState, dict[str, torch.Tensor]], None]
@@ -84,7 +100,8 @@ class Scorer:
     """Runs items through an estimator and the gradient stream, in batches planned beforehand.
 
     `turns`: model and judge on one device by turns; `checkpoint`: keep only the
-    layers' inputs of the model's activations.
+    layers' inputs of the model's activations. `bases`: what earlier runs on other numbers of
+    ranks have done. What they left is divided over the ranks, batch by batch.
     """
 
     def __init__(
@@ -98,7 +115,9 @@ class Scorer:
         max_dropped: float = 0.05,
         checkpoint: bool = False,
         turns: Turns | None = None,
+        bases: Sequence[Base] = (),
     ) -> None:
+        self.bases = bases
         self.model, self.estimator, self.stream = model, estimator, stream
         self.max_dropped, self.checkpoint, self.turns, self.state = max_dropped, checkpoint, turns, ScoreState()
         reasons = [(item, estimator.unfit(item)) for item in items]
@@ -109,6 +128,7 @@ class Scorer:
         size = batch_size if stream.reduction == "signed" else 1
         self.plan = [rest[start : start + size] for start in range(0, len(rest), size)]
         self.total = len(items)
+        self._share: list[int] = []  # batches of this rank
         self._tokens: int | None = None
         self._judged: dict[str, Judged] = {}
 
@@ -119,25 +139,29 @@ class Scorer:
         save_every: int = 256,
         progress: Progress | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Sum of the reduced gradients over the items used (`state.used`), float32, by checkpoint name.
+        """Sum of the reduced gradients over the items this rank used (`state.used`), float32, by checkpoint name.
 
-        `save` stores a state after every `save_every` items; `restore` fills the
+        `save` stores a state after every `save_every` items of all ranks; `restore` fills the
         accumulators from the last one. More than `max_dropped` of the items
         dropped raises SafecritError.
         """
+        ranks = distributed.current()
+        save_every = max(1, save_every // ranks.world)
         one_by_one: set[int] = set()
         with ExitStack() as stack:
             stack.enter_context(self.stream)
             stack.enter_context(checkpointed(self.model, self.checkpoint))
             self._restart(restore)
             saved = self.state.used
-            if progress is not None and self.state.batches:
-                progress.begin(self.state.used + len(self.state.dropped))
-            while self.state.batches < len(self.plan):
-                number, folds = self.state.batches, self.stream.folds
+            before_us = self._agree()
+            tally = distributed.Tally(before_us)
+            if progress is not None and before_us:
+                progress.begin(before_us)
+            while left := [number for number in self._share if number not in self.state.done]:
+                number, folds = left[0], self.stream.folds
                 before = (self.state.used, len(self.state.dropped))
                 try:
-                    clean = self._planned(number, guard=number in one_by_one)
+                    clean = self._planned(left, guard=number in one_by_one)
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
                         raise
@@ -152,16 +176,22 @@ class Scorer:
                         self._restart(restore)
                         saved = self.state.used
                     continue
-                self.state.batches += 1
+                self.state.done = [*self.state.done, number]
                 self._check_dropped()
                 if progress is not None:
-                    progress(self.state.used + len(self.state.dropped), self.total)
-                if save is not None and self.state.used - saved >= save_every and self.state.batches < len(self.plan):
+                    progress(min(tally(len(self.plan[number])), self.total), self.total)
+                if save is not None and self.state.used - saved >= save_every and len(left) > 1:
                     save(self.state, self.stream.accumulators)
                     saved = self.state.used
-        if self.state.used == 0:
-            raise SafecritError("no prompt could be scored: every answer was empty or its gradient not finite.")
         return self.stream.accumulators
+
+    def _agree(self) -> int:
+        """Divide the batches that nobody has done over the ranks; the number of items that are done."""
+        states = [base.state for base in self.bases] + distributed.gather(self.state)
+        done = {number for state in states for number in state.done}
+        left = [number for number in range(len(self.plan)) if number not in done]
+        self._share = [*self.state.done, *distributed.mine(left)]
+        return len(self.unfit) + sum(len(self.plan[number]) for number in done)
 
     def _restart(self, restore: Restore | None) -> None:
         self.stream.reset()
@@ -192,21 +222,21 @@ class Scorer:
         size = max(1, math.ceil(len(batch) / max(1, parts)))
         return [batch[start : start + size] for start in range(0, len(batch), size)]
 
-    def _planned(self, number: int, guard: bool) -> bool:
-        """Score one batch of the plan; False where a weight's gradient was not finite."""
-        batch = self.plan[number]
+    def _planned(self, left: Sequence[int], guard: bool) -> bool:
+        """Score the first of the batches `left`; False where a weight's gradient was not finite."""
+        batch = self.plan[left[0]]
         if self.turns is not None and self.turns.active and any(item.key not in self._judged for item in batch):
-            self._judge_ahead(number)
+            self._judge_ahead([self.plan[number] for number in left])
         if guard:
             return all([self._batch([item], guard=True) for item in batch])
         return all([self._batch(piece) for piece in self._pieces(batch)])
 
-    def _judge_ahead(self, number: int) -> None:
-        """The judge's word on this batch and the next ones, model and judge by turns."""
+    def _judge_ahead(self, batches: Sequence[list[Item]]) -> None:
+        """The judge's word on the first batch and the next ones, model and judge by turns."""
         assert self.turns is not None
         ahead: list[list[Item]] = []
         room = SENT_BYTES
-        for batch in self.plan[number:]:
+        for batch in batches:
             room -= 2 * sum(self.estimator.held(item) for item in batch)
             if ahead and room < 0:
                 break
@@ -225,8 +255,11 @@ class Scorer:
                 self._judged[item.key] = judged
         self.turns.to("model")
 
-    def _batch(self, items: list[Item], guard: bool = False) -> bool:
-        """Score items at once; False where a weight's gradient was not finite. With `guard` such items are dropped."""
+    def _batch(self, items: list[Item], guard: bool = False, counted: bool | None = None) -> bool:
+        """Score items at once; False where a weight's gradient was not finite. With `guard` such items are dropped.
+
+        counted: all ranks do this together, whether or not these items count here.
+        """
         logits, where = forward_logits(self.model, items)
         rows = [logits.detach()[row, span] for row, span in where]
         if all(item.key in self._judged for item in items):
@@ -244,7 +277,9 @@ class Scorer:
                 norm = math.nan
                 if math.isfinite(judged.s):
                     norm = self.estimator.backward(item, values, judged, logits[row, span])
-                if math.isfinite(norm):
+                if counted is False:
+                    logits[row] = 0
+                elif math.isfinite(norm):
                     kept.append((item, {"s": judged.s, "log_odds": judged.log_odds, "gradient_norm": norm}))
                 else:
                     logits[row] = 0
@@ -259,9 +294,9 @@ class Scorer:
                 self.state.dropped += lost
                 self.state.dropped += [{"row": item.row, "reason": "weight gradient not finite"} for item, _ in kept]
                 return True
-        if kept:
+        if kept or counted is not None:
             logits.backward(gradient)
-        if self.stream.nonfinite:
+        if self.stream.nonfinite and counted is None:
             assert not guard
             self.stream.nonfinite = 0
             return False
@@ -283,15 +318,65 @@ class Scorer:
             )
 
     def scores(self, method: str) -> dict[str, torch.Tensor]:
-        """The accumulators as means over the items used; for `snip` times the weight. In place."""
-        parameters = dict(self.model.named_parameters())
-        for entry in self.stream.anatomy.eligible:
-            accumulator = self.stream.accumulators[entry.name]
-            accumulator.div_(self.state.used)
-            if method == "snip":
-                weight = part_of(parameters[entry.parameter].detach(), entry)
-                accumulator.mul_(weight.to(accumulator.device, torch.float32))
-        return self.stream.accumulators
+        """Means over the items that all ranks and bases used; for `snip` times the weight. In place.
+
+        Of several ranks each has the tensors that it owns (`owners`). `state` is that of all from here on.
+        """
+        self._merge()
+        found = {}
+        for parameter, entries, owner in owners(self.stream.anatomy):
+            weight = self._weight(parameter, owner) if method == "snip" else None
+            for entry, accumulator in self._summed(parameter, entries, owner):
+                for base in self.bases:
+                    accumulator += base.sums(entry, self.stream.sigma[entry.name]).to(accumulator.device)
+                accumulator.div_(self.state.used)
+                if weight is not None:
+                    accumulator.mul_(part_of(weight, entry).to(accumulator.device, torch.float32))
+                found[entry.name] = accumulator
+        return found
+
+    def _summed(
+        self, parameter: str, entries: Sequence[CheckpointTensor], owner: int
+    ) -> Iterator[tuple[CheckpointTensor, torch.Tensor]]:
+        """The accumulators of a parameter's tensors summed over the ranks, on their owner alone."""
+        for entry in entries:
+            distributed.sum_to(self.stream.accumulators[entry.name], owner, "scores")
+            if owner == distributed.current().rank:
+                yield entry, self.stream.accumulators[entry.name]
+
+    def _weight(self, parameter: str, owner: int) -> torch.Tensor | None:
+        """A whole parameter, on the rank that needs it at least."""
+        return dict(self.model.named_parameters())[parameter].detach()
+
+    def _states(self) -> list[ScoreState]:
+        return distributed.gather(self.state)
+
+    def _merge(self) -> None:
+        """Make `state` that of all ranks and bases."""
+        states = [*(base.state for base in self.bases), *self._states()]
+        values = {key: numbers for state in states for key, numbers in state.values.items()}
+        dropped = [entry for state in states for entry in state.dropped[len(self.unfit) :]]
+        self.state = ScoreState(
+            plan=[len(batch) for batch in self.plan],
+            done=sorted(number for state in states for number in state.done),
+            used=sum(state.used for state in states),
+            tokens=min((state.tokens for state in states if state.tokens is not None), default=None),
+            dropped=[*self.unfit, *dropped],
+            values={item.key: values[item.key] for batch in self.plan for item in batch if item.key in values},
+        )
+        assert self.state.done == list(range(len(self.plan))), "a batch was left out, or counted twice"
+        self._check_dropped()
+        if self.state.used == 0:
+            raise SafecritError("no prompt could be scored: every answer was empty or its gradient not finite.")
+
+
+def owners(anatomy: Anatomy) -> list[tuple[str, list[CheckpointTensor], int]]:
+    """Runtime parameters with their eligible tensors, and the rank that finishes and writes their scores."""
+    found: dict[str, list[CheckpointTensor]] = {}
+    for entry in anatomy.eligible:
+        found.setdefault(entry.parameter, []).append(entry)
+    ranks = distributed.owners([sum(entry.layout.numel for entry in entries) for entries in found.values()])
+    return [(name, entries, rank) for (name, entries), rank in zip(found.items(), ranks, strict=True)]
 
 
 def _padded(items: Sequence[Item]) -> int:

@@ -12,25 +12,27 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
 
-from safecrit import ops
+from safecrit import distributed, ops
 from safecrit.errors import MismatchError, SafecritError
 from safecrit.layout import TensorLayout
 from safecrit.maskfile import Mask, MaskInfo
 from safecrit.ops.dispatch import Backend
+from safecrit.ops.rank_counts import INFINITY
 from safecrit.scorefile import Scores
+from safecrit.selection_together import PURPOSE, select_top_together
 
 log = logging.getLogger(__name__)
 
 MODES = ("top", "bottom", "random")
 SHARES_OF = ("all", "eligible")
 _NUMBER = re.compile(r"([+-]?)(\d+\.?\d*|\.\d+)(e[+-]?\d{1,2})?", re.IGNORECASE)
-_CHUNK = 1 << 24  # entries looked at together when counting: 64 MiB of float32
 
 
 def parse_share(text: str | float | Fraction) -> Fraction:
@@ -173,20 +175,34 @@ def select_from(
     """The mask that `settings` ask for, from signed scores by checkpoint name (float32 or bfloat16, any shape).
 
     `layouts` lists every tensor of the model (left out: just these), `total` its weights (left out: by the
-    layouts); `about` are further fields of `MaskInfo`.
+    layouts); `about` are further fields of `MaskInfo`. Several ranks, each with all `tensors` at hand (mapped, say),
+    read a part of them each, and the mask holds that part.
     """
     names = sorted(tensors)
     if layouts is None:
         layouts = {name: TensorLayout(tuple(tensors[name].shape), (), True) for name in names}
     total = sum(layout.numel for layout in layouts.values()) if total is None else total
-    flat = [tensors[name].detach().reshape(-1) for name in names]
-    sizes = [len(entries) for entries in flat]
+    sizes = [tensors[name].numel() for name in names]
     k = settings.resolve(total, sum(sizes))
+    ranks, counts = distributed.current(), None
+    found: Mapping[str, torch.Tensor]
     details: dict[str, Any]
     if settings.mode == "random":
-        found, details = _random(names, sizes, k, settings), {"seed": settings.seed}
+        # A draw needs no scores; one rank makes all of it.
+        drawn = _random(names, sizes, k, settings) if ranks.first else []
+        found, details = dict(zip(names, drawn, strict=False)), {"seed": settings.seed}
     else:
-        found, details = _ranked(flat, k, settings, backend)
+        shares = zip(names, distributed.owners(sizes), strict=True)
+        own = [name for name, owner in shares if owner == ranks.rank]
+        ranked, details = _ranked([tensors[name].detach().reshape(-1) for name in own], k, settings, backend)
+        found = dict(zip(own, ranked, strict=True))
+        if bad := details["non_finite"]:
+            log.warning("%s of %s scores are not finite; they are never selected.", f"{bad:,}", f"{sum(sizes):,}")
+    if ranks.world > 1:
+        lengths = torch.tensor([len(found.get(name, ())) for name in names], dtype=torch.int64)
+        # Counts travel as int32 where they can: 4 bytes a tensor.
+        lengths = lengths if max(sizes, default=0) >= 2**31 else lengths.to(torch.int32)
+        counts = dict(zip(names, distributed.sum_(lengths, PURPOSE).tolist(), strict=True))
     share = None if settings.share is None else float(parse_share(settings.share))
     info = MaskInfo(
         tensors=dict(sorted(layouts.items())),
@@ -198,7 +214,7 @@ def select_from(
         **details,
         **about,
     )
-    return Mask(dict(zip(names, found, strict=True)), info)
+    return Mask(found, info, counts)
 
 
 def _random(names: Sequence[str], sizes: Sequence[int], k: int, settings: SelectionSettings) -> list[torch.Tensor]:
@@ -217,24 +233,21 @@ def _random(names: Sequence[str], sizes: Sequence[int], k: int, settings: Select
 def _ranked(
     flat: list[torch.Tensor], k: int, settings: SelectionSettings, backend: Backend
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    largest = settings.mode == "top"
-    try:
-        chosen = ops.select_top(flat, k, largest=largest, backend=backend)
-    except ValueError:  # fewer than k are numbers, or a dtype is wrong: what follows says which
-        chosen = None
-    # An infinity would be the first to be selected from the top, so the selected entries tell whether there are any
-    # and the scores need no pass of their own. From the bottom it would be the last, and only a pass can count them.
-    if chosen is None or not largest or _any_infinite(flat, chosen.indices):
+    largest, alone = settings.mode == "top", distributed.current().world == 1
+    chosen = None
+    if largest and alone:
+        # An infinity would be the first to be selected, so the selected entries tell whether there are any and the
+        # scores need no pass of their own. From the bottom it would be the last.
+        with suppress(ValueError):  # fewer than k are numbers, or a dtype is wrong: what follows says which
+            chosen = ops.select_top(flat, k, backend=backend)
+    if chosen is None or _any_infinite(flat, chosen.indices):
         flat, bad = _without_infinities(flat)
-        available = sum(map(len, flat)) - bad
+        available = sum(distributed.gather(sum(map(len, flat)) - bad, PURPOSE))
         if k > available:
             raise SafecritError(
                 f"{k:,} weights are wanted, but only {available:,} have a finite score. Lower the share."
             )
-        chosen = ops.select_top(flat, k, largest=largest, backend=backend)
-    bad = chosen.nan
-    if bad:
-        log.warning("%s of %s scores are not finite; they are never selected.", f"{bad:,}", f"{sum(map(len, flat)):,}")
+        chosen = select_top_together(flat, k, largest, backend)
     if largest and chosen.threshold_bits == 0 and not settings.allow_zero:
         raise SafecritError(
             f"{k:,} weights are wanted, but only {k - chosen.tied_selected:,} eligible weights have a score other than "
@@ -244,7 +257,7 @@ def _ranked(
         "threshold_bits": chosen.threshold_bits,
         "tied": chosen.tied,
         "tied_selected": chosen.tied_selected,
-        "non_finite": bad,
+        "non_finite": chosen.nan,
     }
     return [indices.cpu() for indices in chosen.indices], details
 
@@ -257,10 +270,7 @@ def _without_infinities(flat: list[torch.Tensor]) -> tuple[list[torch.Tensor], i
     """The same tensors with NaN for infinities (copied only where there are some), and the non-finite entries."""
     result, bad = [], 0
     for entries in flat:
-        infinite = False
-        for chunk in entries.split(_CHUNK):
-            wrong = int((~chunk.isfinite()).sum())
-            infinite |= bool(wrong) and bool(chunk.isinf().any())
-            bad += wrong
+        infinite, nan = ops.rank_counts([entries], INFINITY, INFINITY, 0).tolist()
+        bad += infinite + nan
         result.append(torch.where(entries.isinf(), torch.nan, entries) if infinite else entries)
     return result, bad

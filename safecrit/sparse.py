@@ -39,9 +39,11 @@ class SparseAdamW(torch.optim.Optimizer):
     does not; `grad_norm` is the last step's norm before that.
 
     Raises MismatchError where the mask is of another model, SafecritError for float16
-    parameters (their gradients need a scaler, which needs dense gradients) and for a
-    mask that selects nothing.
+    parameters and for a step through a gradient scaler (it needs dense gradients), and
+    for a mask that selects nothing.
     """
+
+    _step_supports_amp_scaling = True  # so that a scaler comes to `step`, which refuses it, and not to dense gradients
 
     def __init__(
         self,
@@ -58,7 +60,6 @@ class SparseAdamW(torch.optim.Optimizer):
         """Find the selected weights; no gradient is touched before the first forward."""
         self._model = unwrap(model)
         refuse_adapters(self._model)
-        self._mask = mask
         self._anatomy = read_anatomy(self._model)
         mask.check(self._anatomy)
         placed = place(mask, self._anatomy)
@@ -94,6 +95,12 @@ class SparseAdamW(torch.optim.Optimizer):
         """Set the gradient hooks on the parameters that the model has now; again, it does nothing."""
         if self._hooks:
             return
+        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if spread and (processes := torch.distributed.get_world_size()) > 1:
+            raise SafecritError(
+                f"SparseAdamW keeps each process's own gradients and does not add them up over {processes} processes. "
+                "Train in one process."
+            )
         self._opening.remove()
         parameters = dict(self._model.named_parameters())
         group = self.param_groups[0]
@@ -118,11 +125,14 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def _take(self, i: int, parameter: torch.Tensor) -> None:
         """Keep the selected entries of a gradient that has just been computed, and free it."""
+        from safecrit import ops
+
         assert parameter.grad is not None
-        picked = parameter.grad.reshape(-1).index_select(0, self._indices[i]).float()
+        gradient, indices, before = parameter.grad, self._indices[i], self._buffers[i]
         parameter.grad = None
-        buffer = self._buffers[i]
-        self._buffers[i] = picked if buffer is None else buffer.add_(picked)
+        buffer = torch.empty(len(indices), device=gradient.device) if before is None else before
+        ops.gather_(buffer, gradient, indices, add=before is not None, backend=self._backend)
+        self._buffers[i] = buffer
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients gathered since the last step."""
@@ -139,6 +149,8 @@ class SparseAdamW(torch.optim.Optimizer):
         """
         from safecrit import ops
 
+        if getattr(self, "grad_scale", None) is not None:
+            raise SafecritError("SparseAdamW works without a gradient scaler (fp16). Train in bfloat16 or float32.")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -196,15 +208,16 @@ class SparseAdamW(torch.optim.Optimizer):
                     self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
 
     @torch.no_grad()
-    def changes(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def changes(self, mask: Mask, dtypes: Mapping[str, torch.dtype]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """The selected weights as they are now, on the CPU: per checkpoint tensor flat indices (int64) and values.
 
-        `dtypes` gives each checkpoint tensor's dtype; a tensor that it lacks keeps the
+        `mask` is the one given at the start, of which the optimizer keeps positions alone (half
+        the memory). `dtypes` gives each checkpoint tensor's dtype; a tensor that it lacks keeps the
         parameter's.
         """
         parameters = dict(self._model.named_parameters())
         found = {}
-        for name, flat in self._mask.indices.items():
+        for name, flat in mask.indices.items():
             tensor = self._anatomy.tensors[name]
             parameter = parameters[tensor.parameter]
             where = runtime_indices(tensor.source, flat).to(parameter.device)

@@ -58,10 +58,21 @@ class TensorWriter:
 
     `entries` gives every tensor's dtype and shape beforehand; `document` becomes the
     metadata key `safecrit`, as canonical JSON. Use it inside `safecrit.files.atomic`.
+    `part`: several processes write the file, and this one may leave tensors to others;
+    with `join` another one has made it already.
     """
 
-    def __init__(self, path: Path, entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], document: Any) -> None:
-        """Write the header and reserve the space."""
+    def __init__(
+        self,
+        path: Path,
+        entries: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+        document: Any,
+        *,
+        part: bool = False,
+        join: bool = False,
+    ) -> None:
+        """Write the header and reserve the space, unless it is `join`ed."""
+        self._part = part
         self._entries, self._starts, position = dict(entries), {}, 0
         header: dict[str, Any] = {"__metadata__": {"safecrit": canonical_json(document)}}
         for name in sorted(entries, key=lambda name: (-entries[name][0].itemsize, name)):
@@ -73,9 +84,11 @@ class TensorWriter:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode("ascii")
         text += b" " * (-len(text) % 8)  # data start at a multiple of 8
         self._base = 8 + len(text)
-        self._file = open(path, "wb")  # noqa: SIM115 - closed in __exit__
-        self._file.write(struct.pack("<Q", len(text)) + text)
-        self._file.truncate(self._base + position)
+        self._file = open(path, "r+b" if join else "wb")  # noqa: SIM115 - closed in __exit__
+        if not join:
+            self._file.write(struct.pack("<Q", len(text)) + text)
+            self._file.truncate(self._base + position)
+            self._file.flush()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put `tensor` (dtype and shape as announced, any device) in its place; each name once."""
@@ -85,6 +98,14 @@ class TensorWriter:
         self._file.seek(self._base + self._starts.pop(name))
         self._file.write(bits_of(tensor).view(np.uint8).data)
 
+    def write_rows(self, name: str, first: int, rows: torch.Tensor) -> None:
+        """Put `rows` of a tensor in their place, from row `first` on; in files that are written in parts."""
+        dtype, shape = self._entries[name]
+        if rows.dtype != dtype or tuple(rows.shape[1:]) != tuple(shape[1:]) or first + len(rows) > shape[0]:
+            raise ValueError(f"{name}: {rows.dtype} {tuple(rows.shape)} is no part of {dtype} {tuple(shape)}")
+        self._file.seek(self._base + self._starts[name] + first * math.prod(shape[1:]) * dtype.itemsize)
+        self._file.write(bits_of(rows).view(np.uint8).data)
+
     def __enter__(self) -> TensorWriter:
         """Nothing to prepare."""
         return self
@@ -92,7 +113,7 @@ class TensorWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Close the file; a tensor that never came is an error."""
         self._file.close()
-        if kind is None and self._starts:
+        if kind is None and self._starts and not self._part:
             raise ValueError(f"never written: {', '.join(sorted(self._starts))}")
 
 

@@ -3,17 +3,20 @@
 SET trains the masked weights on prompt -> refusal pairs, retain data mixed in; SPA
 trains everything else on a task (docs/method.md, section 4). The defaults are the authors':
 AdamW (0.9, 0.999), cosine, warm-up 3 %, batch 1 x 4, no weight decay, length 2048.
-Weights are float32 while they are trained wherever a dense optimizer runs, and on the
-CPU in any case, since bfloat16 swallows most small updates; what is written has the
-checkpoint's dtypes.
+Where a dense optimizer runs, weights are float32 while they are trained, since bfloat16
+swallows most small updates; SET has a float32 master of what it trains, and LoRA a
+float32 adapter, and both leave the model in its own dtype (float16 alone becomes
+float32). What is written has the checkpoint's dtypes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from safecrit.anatomy import Anatomy, read_anatomy
 from safecrit.errors import SafecritError
@@ -22,7 +25,7 @@ from safecrit.fingerprint import Changes, accepted_fingerprints
 from safecrit.mixture import Mixture, mix
 from safecrit.models import LoadedModel
 from safecrit.movement import NEGLIGIBLE, Moved, Movement
-from safecrit.protect import ProtectCallback
+from safecrit.protection import ProtectCallback
 from safecrit.sparse import SparseAdamW
 from safecrit.tensorfile import DTYPES, MappedFiles
 from safecrit.traindata import TrainExample
@@ -92,7 +95,7 @@ def run_set(
     """
     settings = settings or TrainSettings()
     anatomy, parents = _check(loaded, mask, allow_other_weights)
-    if loaded.model.device.type == "cpu":
+    if loaded.model.dtype == torch.float16:
         loaded.model.float()
     optimizer = SparseAdamW(
         loaded.model,
@@ -104,15 +107,15 @@ def run_set(
         max_grad_norm=settings.max_grad_norm or None,
     )
     data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
+    stored = _stored(loaded, mask.indices)
     try:
         record = train(loaded, data, settings, progress, checkpoints, optimizer=optimizer)
-        stored = checkpoint_tensors(loaded.folder)
-        changes = optimizer.changes({name: DTYPES[tensor.dtype] for name, tensor in stored.items()})
+        changes = optimizer.changes(mask, {name: DTYPES[tensor.dtype] for name, tensor in stored.items()})
     finally:
         optimizer.close()
     movement, maps = Movement(), MappedFiles()
     for name, (indices, values) in changes.items():
-        movement.add(anatomy.tensors[name].layout, maps.tensor(_base(stored, name, loaded)), values, only=indices)
+        movement.add(anatomy.tensors[name].layout, maps.tensor(stored[name]), values, only=indices)
     return _result("set", settings, mask.count, anatomy, record, data, parents, movement, changes)
 
 
@@ -131,13 +134,16 @@ def run_spa(
     """Train every weight but those that `mask` selects, which stay bit-identical. Arguments and errors: `run_set`."""
     settings = settings or TrainSettings(max_steps=1000)
     anatomy, parents = _check(loaded, mask, allow_other_weights)
+    stored, maps = _stored(loaded, anatomy.tensors), MappedFiles()
+    if not mask.count:
+        raise SafecritError("the mask selects no weight of this model, so nothing would be protected.")
     loaded.model.float()
     data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
     record = train(loaded, data, settings, progress, checkpoints, callback=ProtectCallback(mask))
-    stored, movement, maps = checkpoint_tensors(loaded.folder), Movement(), MappedFiles()
+    movement = Movement()
     parameters = dict(loaded.model.named_parameters())
     for name, tensor in anatomy.tensors.items():
-        base = maps.tensor(_base(stored, name, loaded))
+        base = maps.tensor(stored[name])
         new = tensor.source.of(parameters[tensor.parameter].detach()).to("cpu", base.dtype).contiguous()
         movement.add(tensor.layout, base, new, frozen=mask.indices.get(name))
     return _result("spa", settings, anatomy.total - mask.count, anatomy, record, data, parents, movement, None)
@@ -150,13 +156,16 @@ def _check(loaded: LoadedModel, mask: Mask, allow_other_weights: bool) -> tuple[
     return anatomy, parents
 
 
-def _base(stored: dict[str, StoredTensor], name: str, loaded: LoadedModel) -> StoredTensor:
-    if name not in stored:
-        raise SafecritError(
-            f"{loaded.folder}: has no tensor {name!r}; its names are of an older kind. Load and save the model once "
-            "with transformers, and work from that folder."
-        )
-    return stored[name]
+def _stored(loaded: LoadedModel, names: Iterable[str]) -> dict[str, StoredTensor]:
+    """The tensors of the model's files, checked to hold all of `names`."""
+    stored = checkpoint_tensors(loaded.folder)
+    for name in names:
+        if name not in stored:
+            raise SafecritError(
+                f"{loaded.folder}: has no tensor {name!r}; its names are of an older kind. Load and save the model "
+                "once with transformers, and work from that folder."
+            )
+    return stored
 
 
 def training_data(

@@ -132,6 +132,8 @@ def _own_files(
             moved=result.moved,
             warnings=result.warnings,
             delta_only=delta_only,
+            tokens_per_second=result.tokens_per_second,
+            peak_memory=result.peak_memory,
         )
     )
     write_text(out / "README.md", card)

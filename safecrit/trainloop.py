@@ -24,8 +24,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging
 
 from safecrit.errors import SafecritError
+from safecrit.masked import MaskedAdamW
 from safecrit.mixture import Mixture, collate
 from safecrit.models import LoadedModel
+from safecrit.protection import ProtectCallback
 from safecrit.sparse import SparseAdamW
 
 _WEIGHTS = "trained.safetensors"
@@ -187,11 +189,13 @@ def train(
                 save_total_limit=2,
                 train_sampling_strategy="sequential",
                 remove_unused_columns=False,
+                label_names=["labels"],
                 dataloader_pin_memory=False,
                 use_cpu=device.type == "cpu",
             )
         except ValueError as error:
             raise SafecritError(f"training settings: {str(error).splitlines()[0]}") from error
+        one_pass = isinstance(callback, ProtectCallback) and settings.optim in ("adamw_torch", "adamw_torch_fused")
         pad = loaded.tokenizer.pad_token_id
         trainer = _Trainer(
             model=loaded.model,
@@ -199,6 +203,7 @@ def train(
             train_dataset=data,
             data_collator=partial(collate, pad=pad if pad is not None else 0),
             optimizers=(optimizer, None),
+            optimizer_cls_and_kwargs=(MaskedAdamW, _adamw(settings)) if one_pass else None,
             callbacks=[_Report(progress)] if callback is None else [callback, _Report(progress)],
         )
         trainer.sparse = optimizer
@@ -221,6 +226,15 @@ def train(
         seconds=time.perf_counter() - start,
         peak_memory=_peak_memory(device),
     )
+
+
+def _adamw(settings: TrainSettings) -> dict[str, Any]:
+    """AdamW's arguments; Trainer divides the parameters into those with weight decay and those without."""
+    return {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+    }
 
 
 def _last_checkpoint(folder: Path) -> str | None:

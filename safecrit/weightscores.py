@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from safecrit import distributed
 from safecrit.anatomy import Anatomy, CheckpointTensor
 from safecrit.errors import SafecritError
 from safecrit.gradients import part_of
@@ -94,6 +95,15 @@ class InputNorms:
         """Say which positions of the next forward pass count: bool [B, T], any device; padding should not."""
         assert mask.dtype == torch.bool and mask.dim() == 2, f"bool [B, T] expected, not {mask.dtype} {mask.shape}"
         self._mask = mask
+
+    def merge(self) -> None:
+        """Make the sums those of all ranks' forward passes."""
+        merged: dict[str, dict[Part, torch.Tensor]] = {name: {} for name in self._entries}
+        for own in distributed.gather(self._sums):
+            for name, parts in own.items():
+                for part, sums in parts.items():
+                    merged[name][part] = merged[name][part] + sums if part in merged[name] else sums
+        self._sums = merged
 
     def scores(self) -> Iterator[tuple[str, torch.Tensor]]:
         """|W| * ||X||: checkpoint name and float32 in the checkpoint's shape, on the weight's device.

@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from safecrit.adapter import merge_adapter
 from safecrit.anatomy import read_anatomy
 from safecrit.checkpoint import rewrite
 from safecrit.errors import MismatchError, SafecritError
+from safecrit.lora import LoraSettings, TrainedAdapter, train_adapter
 from safecrit.models import LoadedModel, load_model
-from safecrit.protect import protect
+from safecrit.protection import protect
 from safecrit.sparse import SparseAdamW
 from safecrit.tensorfile import bits_of
+from safecrit.trainloop import TrainSettings
 from safecrit.verification import verify
 from tests.architectures import build
-from tests.training_helpers import fitting_mask, folder_model, random_mask
+from tests.training_helpers import fitting_mask, folder_model, pairs, random_mask
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -124,6 +127,10 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
         (folder / "adapter_model.safetensors").write_bytes((good / "adapter_model.safetensors").read_bytes())
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         refuse(folder, match)
+    broken = adapter(loaded.model, tmp_path / "broken")
+    weights = load_file(broken / "adapter_model.safetensors")
+    save_file({name: weight * float("nan") for name, weight in weights.items()}, broken / "adapter_model.safetensors")
+    refuse(broken, "not finite")
     with pytest.raises(MismatchError):
         merge_adapter(load_model(loaded.folder), good, random_mask(build("mixtral"), 0.3))
 
@@ -159,3 +166,37 @@ def test_masks_of_the_base_are_refused_on_models_with_adapters() -> None:
         SparseAdamW(wrapped, mask)
     merged = wrapped.merge_and_unload()
     assert protect(merged, mask, torch.optim.SGD(merged.parameters(), lr=0.1)).protected == mask.count
+
+
+def test_a_training_of_an_adapter_cut_short_continues_bit_for_bit(tmp_path: Path) -> None:
+    base = folder_model("llama", tmp_path / "base").folder
+    examples = pairs(("say hi", "hi."), ("count", "1 2 3"))
+    settings = TrainSettings(learning_rate=1e-2, max_steps=6, save_steps=2, max_length=40)
+    finished = []
+    for number, stop in enumerate((None, 5)):
+
+        def interrupt(step: int, total: int, loss: float, stop: int | None = stop) -> None:
+            if step == stop:
+                raise KeyboardInterrupt
+
+        def run(number: int = number, progress: Any = interrupt) -> TrainedAdapter:
+            return train_adapter(
+                load_model(base),
+                examples,
+                None,
+                0.0,
+                settings,
+                LoraSettings(r=2, lora_dropout=0.1),
+                tmp_path / f"adapter-{number}",
+                progress,
+                checkpoints=tmp_path / f"checkpoints-{number}",
+            )
+
+        if stop is not None:
+            with pytest.raises(KeyboardInterrupt):
+                run()
+            assert not (tmp_path / f"adapter-{number}").exists()
+        finished.append(run(progress=None).record.losses)
+    assert finished[0] == finished[1]
+    whole, cut = (tmp_path / f"adapter-{number}" / "adapter_model.safetensors" for number in range(2))
+    assert whole.read_bytes() == cut.read_bytes()

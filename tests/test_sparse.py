@@ -12,7 +12,7 @@ from safecrit.placement import place, runtime_indices
 from safecrit.sparse import SparseAdamW
 from safecrit.strided import Strided
 from tests.architectures import build
-from tests.training_helpers import backward, random_mask, selected
+from tests.training_helpers import backward, batch, random_mask, selected
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2", "gpt-neox", "gpt-oss"])
@@ -100,7 +100,7 @@ def test_bfloat16_follows_a_float32_master() -> None:
     optimizer.attach()
     reference = torch.optim.AdamW([weight], lr=1e-4, weight_decay=0.0)
     generator = torch.Generator().manual_seed(2)
-    for _ in range(20):
+    for _ in range(50):
         gradient = torch.randn(parameter.shape, generator=generator).to(torch.bfloat16)
         (parameter * gradient).sum().backward()
         weight.grad = gradient.reshape(-1)[at].float()
@@ -110,6 +110,25 @@ def test_bfloat16_follows_a_float32_master() -> None:
     assert close.float().mean() > 0.99  # the rest: a last-bit difference that decides a rounding
     assert optimizer.state[parameter]["master"].dtype == torch.float32
     torch.testing.assert_close(optimizer.state[parameter]["master"], weight.detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # by torch's compiler
+def test_blocks_that_are_compiled_train_as_the_others() -> None:
+    model, twin = build("llama"), build("llama")
+    mask = random_mask(model, 0.05)
+    optimizer, reference = SparseAdamW(model, mask, lr=1e-3), SparseAdamW(twin, mask, lr=1e-3)
+    for block in model.model.layers:
+        block.compile(backend="aot_eager")
+    for step in range(3):
+        backward(model, step)
+        backward(twin, step)
+        optimizer.step()
+        reference.step()
+    assert optimizer.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5) and optimizer.grad_norm > 0
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=0, atol=1e-6)
 
 
 def test_unselected_parameters_need_no_gradient_until_closed() -> None:
@@ -193,7 +212,7 @@ def test_changes_name_checkpoint_tensors() -> None:
     optimizer = SparseAdamW(model, mask, lr=1e-2)
     backward(model, 0)
     optimizer.step()
-    changes = optimizer.changes(dict.fromkeys(mask.indices, torch.bfloat16))
+    changes = optimizer.changes(mask, dict.fromkeys(mask.indices, torch.bfloat16))
     assert list(changes) == list(mask.indices)
     assert any("experts" in name for name in changes)
     parameters = dict(model.named_parameters())
@@ -227,3 +246,12 @@ def test_memory_of_the_state_is_of_the_mask() -> None:
     held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     held += optimizer._indices
     assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 16 * mask.count
+
+
+def test_a_gradient_scaler_is_refused() -> None:
+    model = build("llama")
+    optimizer = SparseAdamW(model, random_mask(model, 0.1))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(**batch(0)).loss).backward()
+    with pytest.raises(SafecritError, match="gradient scaler"):
+        scaler.step(optimizer)

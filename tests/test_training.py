@@ -125,6 +125,7 @@ def test_outputs_say_what_was_done_and_take_the_bases_mask(tmp_path: Path) -> No
     assert "hello" not in card
     assert str(tmp_path) not in card + json.dumps(document)
     assert headline(mask, "set") in card
+    assert "tokens a second" in card and "of memory at the peak" in card
     # The base's mask goes on to the next stage; another model's does not.
     second = load_model(tmp_path / "out", device="cpu")
     run_spa(second, mask, BENIGN, settings=quick(max_steps=1))
@@ -322,6 +323,16 @@ def test_bf16_autocast_trains_float32_weights(tmp_path: Path) -> None:
     result = run_spa(loaded, fitting_mask(loaded, 0.05), REFUSALS, settings=quick(bf16=True))
     assert result.changed > 0.5 * result.trained
     assert all(p.dtype == torch.float32 for p in loaded.model.parameters())
+
+
+def test_set_leaves_bfloat16_alone_and_trains_float16_in_float32(tmp_path: Path) -> None:
+    for dtype, kept in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+        loaded = folder_model("llama", tmp_path / str(dtype), dtype=dtype)
+        mask = fitting_mask(loaded, 0.05)
+        result = run_set(loaded, mask, REFUSALS, settings=quick())
+        assert loaded.model.dtype == kept
+        write_set_output(loaded, mask, tmp_path / f"{dtype}-out", result)
+        assert verify(tmp_path / f"{dtype}-out", tmp_path / str(dtype), mask, "set").ok
 
 
 def test_settings_that_trainer_refuses_are_our_error(tmp_path: Path) -> None:

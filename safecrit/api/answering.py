@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safecrit import distributed
 from safecrit.chat import ChatSettings, encode_example, encode_prompt
 from safecrit.errors import SafecritError
 from safecrit.estimators import Item
@@ -28,7 +29,7 @@ from safecrit.traindata import TrainExample, read_examples
 if TYPE_CHECKING:
     from safecrit.api.scorejob import ScoreJob
 
-SAMPLES, KEY, KEPT = "samples.jsonl", ".answers-key", ".answers.jsonl"
+SAMPLES, KEY, KEPT = "samples.jsonl", ".answers-key", ".answers*.jsonl"
 Answers = list[list[Answer]]
 """Of every prompt: one answer, or several sampled ones."""
 
@@ -40,7 +41,7 @@ def hash_of(*parts: Any) -> str:
 
 def fingerprint_of(loaded: LoadedModel) -> str:
     """The model's fingerprint; empty for one that lives in memory alone."""
-    return fingerprint(loaded.folder) if loaded.folder != NO_FOLDER else ""
+    return distributed.from_first(lambda: fingerprint(loaded.folder)) if loaded.folder != NO_FOLDER else ""
 
 
 def answer_prompts(
@@ -49,13 +50,19 @@ def answer_prompts(
     """An answer (or `samples` of them) to every prompt; those that an interrupted run left are taken up."""
     own = fingerprint_of(loaded)
     key = hash_of(own, asdict(job.generation), _content(job.answers), job.refusal, [prompt.hash for prompt in prompts])
-    key_file, kept_file = folder / KEY, folder / KEPT
-    known: dict[int, list[Answer]] = {}
-    if key_file.is_file() and key_file.read_text(encoding="utf-8").strip() == key:
-        known = _read_kept(kept_file, len(prompts))
-    else:
-        kept_file.unlink(missing_ok=True)
+    rank = distributed.current().rank
+    key_file, kept_file = folder / KEY, folder / KEPT.replace("*", f"-{rank}" if rank else "")
+
+    def taken_up() -> dict[int, list[Answer]]:
+        kept = sorted(folder.glob(KEPT))
+        if key_file.is_file() and key_file.read_text(encoding="utf-8").strip() == key:
+            return {number: made for file in kept for number, made in _read_kept(file, len(prompts)).items()}
+        for file in kept:
+            file.unlink()
         write_text(key_file, key + "\n")
+        return {}
+
+    known = distributed.from_first(taken_up)
     if job.scoring.objective == "refusal-nll":
         return [answers_from_texts(loaded.tokenizer, [job.refusal]) for _ in prompts]
     if job.answers is not None:

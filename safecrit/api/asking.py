@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from safecrit import distributed
 from safecrit.api.answering import hash_of
 from safecrit.chat import ChatSettings, encode_continuation, encode_prompt
 from safecrit.chatserver import ChatServer
@@ -57,7 +59,8 @@ def server_asker(server: ChatServer) -> Ask:
                 if progress is not None:
                     progress(before + count, max(1, settings.samples) * len(asked))
 
-            for own, reply in zip(made, server.ask(turns, done, **sampled), strict=True):
+            replies = distributed.from_first(partial(server.ask, turns, done, **sampled))
+            for own, reply in zip(made, replies, strict=True):
                 own.append(_after_thought(reply, settings.chat) if isinstance(reply, str) else None)
         return made
 
@@ -116,17 +119,22 @@ class KeptAnswers:
         """What is kept for `name` of `identity` (a fingerprint, say); made and kept where nothing is."""
         key = hash_of(name, identity, self.inputs)
         file = self.folder / f"{key[:32]}.json" if self.folder is not None else None
-        if file is not None and file.is_file():
-            stored: AnswerSets = json.loads(file.read_text(encoding="utf-8"))
-            return stored
+
+        def stored() -> AnswerSets | None:
+            return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else None
+
+        known = distributed.from_first(stored)
+        if known is not None:
+            return known
         made = make()
-        if file is not None:
+        if file is not None and distributed.current().first:
             write_text(file, json.dumps(made))  # ASCII: an answer may hold half a character pair
         return made
 
     def clear(self) -> None:
         """Remove what only an interrupted run needs."""
-        if self.folder is not None and self.folder.is_dir():
+        distributed.barrier()
+        if self.folder is not None and self.folder.is_dir() and distributed.current().first:
             for file in self.folder.iterdir():
                 file.unlink()
             self.folder.rmdir()
@@ -174,13 +182,12 @@ def answer_nats(
     loaded: LoadedModel, prompts: EvalPrompts, answers: AnswerSets, chat: ChatSettings
 ) -> dict[SetName, list[list[float | None]]]:
     """Mean negative log-likelihood (nats) of each answer's tokens after its prompt; None for an empty answer."""
-    return {
-        name: [
-            [_nats(loaded, encode_prompt(loaded.tokenizer, list(p.messages), chat=chat), text) for text in own]
-            for p, own in zip(prompts.of(name), answers[name], strict=True)
-        ]
-        for name in SETS
-    }
+
+    def nats(pair: tuple[Prompt, list[str | None]]) -> list[float | None]:
+        ids = encode_prompt(loaded.tokenizer, list(pair[0].messages), chat=chat)
+        return [_nats(loaded, ids, text) for text in pair[1]]
+
+    return {name: distributed.divided(list(zip(prompts.of(name), answers[name], strict=True)), nats) for name in SETS}
 
 
 def _nats(loaded: LoadedModel, prompt: list[int], text: str | None) -> float | None:

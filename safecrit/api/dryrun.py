@@ -12,6 +12,7 @@ import torch
 from safecrit.account import PHASES, Account, Place, Work, largest_batches
 from safecrit.api.scorejob import ScoreJob
 from safecrit.api.survey import survey
+from safecrit.costs import moved
 from safecrit.machine import Rates, probe
 from safecrit.metamodel import ModelShape
 from safecrit.progress import duration
@@ -27,7 +28,8 @@ class DryRun:
     phase. available: by place; a judge on a device of its own has what the model's has. lacking: of each place that
     is too small the fullest phase, its bytes, and its largest part. best: the largest batch sizes that fit, None
     where none does. advice: what to lower, "" where all fits. work: name, flops, bytes moved, seconds. `seconds` is
-    None where the machine's rates are not known. first_prompt: as the model reads it.
+    None where the machine's rates are not known, and so is `mask_seconds`, of selecting the top 1 % of the scores on a
+    CPU, from files that its memory holds. first_prompt: as the model reads it.
     """
 
     model: str
@@ -44,6 +46,7 @@ class DryRun:
     advice: str
     work: list[dict[str, Any]]
     seconds: float | None
+    mask_seconds: float | None
     first_prompt: str
 
 
@@ -86,6 +89,7 @@ def dry_run(
         advice=_advice(model, judge, account, best, available) if lacking else "",
         work=work,
         seconds=sum(spent) if spent is not None else None,
+        mask_seconds=_mask_seconds(model, rates) if rates is not None and account.plan.cpu else None,
         first_prompt=found.first_prompt,
     )
 
@@ -96,7 +100,7 @@ def lines(found: DryRun) -> list[str]:
     rows = [("part", "GiB", "place", "phases")]
     for part in sorted(found.parts, key=lambda part: PLACES.index(part["place"])):
         phases = "all" if len(part["phases"]) == len(PHASES) else ", ".join(part["phases"])
-        rows.append((part["name"], _gib(part["bytes"]), part["place"], "" if part["place"] == "disk" else phases))
+        rows.append((part["name"], gib(part["bytes"]), part["place"], "" if part["place"] == "disk" else phases))
     out = [
         f"Model {found.model}: {found.weights['model']:,} weights, {found.weights['eligible']:,} of them to be scored. "
         + (f"Judge {found.judge}: {found.weights['judge']:,}." if found.weights["judge"] else "No judge model."),
@@ -106,33 +110,36 @@ def lines(found: DryRun) -> list[str]:
         f"Placement {s['placement']}, accumulators on {'host' if s['cpu'] else s['accumulate_on']}, "
         f"checkpointed layers {s['checkpointed']}.",
         "",
-        *_table(rows),
+        *table(rows),
         "",
     ]
     peaks: list[tuple[str, ...]] = [("peak, GiB", *PHASES, "available")]
     for place in PLACES[:3]:
         if any(found.peaks[place].values()):
-            room = _gib(_room(place, found.available))
-            peaks.append((place, *(_gib(found.peaks[place][phase]) for phase in PHASES), room))
+            room = gib(_room(place, found.available))
+            peaks.append((place, *(gib(found.peaks[place][phase]) for phase in PHASES), room))
     disk = max(found.peaks["disk"].values())
-    out += [*_table(peaks), "", f"Disk: {_gib(disk)} GiB needed, {_gib(found.available['disk'])} GiB free."]
+    out += [*table(peaks), "", f"Disk: {gib(disk)} GiB needed, {gib(found.available['disk'])} GiB free."]
     for lack in found.lacking:
         out.append(
-            f"The {lack['place']} is too small: {lack['phase']} needs {_gib(lack['bytes'])} GiB, the largest part of "
-            f"them, {lack['part']}, {_gib(lack['part_bytes'])}."
+            f"The {lack['place']} is too small: {lack['phase']} needs {gib(lack['bytes'])} GiB, the largest part of "
+            f"them, {lack['part']}, {gib(lack['part_bytes'])}."
         )
     out += ["It fits." if found.fits else f"It does not fit. {found.advice}", ""]
     work = [("work", "TFLOP", "GB moved", "time")]
     for entry in found.work:
         spent = "" if entry["seconds"] is None else duration(entry["seconds"])
         work.append((entry["name"], f"{entry['flops'] / 1e12:,.1f}", f"{entry['moved'] / 1e9:,.1f}", spent))
-    out += _table(work)
+    out += table(work)
     if found.seconds is None:
         out.append("Time: not known; the rates of a GPU that is not here cannot be measured.")
     else:
         out.append(
             f"Time: about {duration(found.seconds)} at this machine's measured rates; answers as long as allowed."
         )
+    if found.mask_seconds is not None:
+        spent = duration(max(1.0, found.mask_seconds))
+        out.append(f"`mask --top 1%` of these scores then takes about {spent} where memory holds their files.")
     return [*out, "", "The first prompt, as the model reads it:", found.first_prompt]
 
 
@@ -187,11 +194,17 @@ def _seconds(work: Work, rates: Rates) -> float:
     return max(products, work.moved / rates.memory) + work.linked / rates.link
 
 
-def _gib(size: float) -> str:
+def _mask_seconds(model: ModelShape, rates: Rates) -> float:
+    """Of `select_top` at 1 %, by the cost model."""
+    return moved("select_top", model.eligible, model.eligible / 100) / rates.memory
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, two decimals."""
     return f"{size / 2**30:,.2f}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width, the first on the left, the rest on the right."""
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     return [

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safecrit import distributed
 from safecrit.api.asking import (
     AnswerSets,
     Ask,
@@ -105,6 +106,8 @@ def check_inputs(job: EvalJob) -> None:
         raise SafecritError("--samples, --prefill, --text and --tasks need a model; --answers has answers already.")
     if job.tasks:
         check_tasks(job.tasks)
+        if distributed.current().world > 1:
+            raise SafecritError("--tasks runs in one process: start it without torchrun, or leave --tasks out.")
     prompts = read_eval_prompts(job)
     for source in _names(job).values():
         if job.answers:
@@ -130,7 +133,10 @@ def find_cards(job: EvalJob) -> dict[str, Path]:
 
 
 def run_eval(job: EvalJob, report: Reporter = quiet_reporter, folder: Path | None = None) -> Evaluation:
-    """Evaluate every model of the job on the same prompts; `folder` keeps the answers of an unfinished run."""
+    """Evaluate every model of the job on the same prompts; `folder` keeps the answers of an unfinished run.
+
+    Several ranks, each with whole models, divide the prompts; the result is the same on all of them.
+    """
     prompts = read_eval_prompts(job)
     kept = KeptAnswers(folder, prompts, job.generation)
     asked = _given(job, prompts) if job.answers else _ask_models(job, prompts, kept, report)
@@ -248,7 +254,7 @@ class _Once:
 def _identity(job: EvalJob, source: str) -> str:
     if source.startswith(OPENAI):
         return f"{_server(job, source).host} {source}"
-    return fingerprint(resolve_folder(source, revision=job.revision))
+    return distributed.from_first(lambda: fingerprint(resolve_folder(source, revision=job.revision)))
 
 
 def _server(job: EvalJob, source: str) -> ChatServer:

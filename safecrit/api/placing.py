@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safecrit import distributed
 from safecrit.errors import SafecritError
 from safecrit.gradients import Place
 from safecrit.models import pick_device
@@ -20,6 +21,7 @@ class Placed:
     """Where everything lies.
 
     turns: the device that model and judge enter by turns (both wait on the host), or None.
+    parallel: shard or replicate, of several ranks.
     """
 
     model_device: str
@@ -28,6 +30,8 @@ class Placed:
     accumulate_on: Place = "device"
     checkpoint: bool = False
     reason: str = ""
+    parallel: str | None = None
+    parallel_reason: str = ""
 
     @classmethod
     def here(cls, job: ScoreJob) -> Placed:
@@ -43,6 +47,7 @@ class Placed:
             "accumulate_on": self.accumulate_on,
             "checkpointed": self.checkpoint,
             "reason": self.reason,
+            **({} if self.parallel is None else {"parallel": self.parallel, "ranks": distributed.current().world}),
         }
 
 
@@ -61,6 +66,12 @@ def place(job: ScoreJob) -> Placed:
         reason = "the first that fits"
     if placement == "sequential" and device.type == "cpu":
         placement, reason = "together", "on a CPU model and judge share the host's memory in any case"
+    parallel, parallel_reason = _parallel(job)
+    if parallel == "shard":
+        if placement not in ("auto", "together", "sequential"):
+            raise SafecritError("--judge-placement on a device of its own goes with --parallel replicate only.")
+        placement, reason = "together", "divided over the ranks"
+        accumulate = "device" if s.accumulate_on == "auto" else s.accumulate_on
     turns = device if placement == "sequential" and job.judged and not job.sampled else None
     if placement not in ("auto", "together", "sequential", "separate"):
         judge_device = str(pick_device(placement))
@@ -73,7 +84,30 @@ def place(job: ScoreJob) -> Placed:
         accumulate_on="device" if accumulate == "auto" else _accumulate(accumulate),
         checkpoint=checkpoint == "on",
         reason=reason,
+        parallel=parallel,
+        parallel_reason=parallel_reason,
     )
+
+
+def _parallel(job: ScoreJob) -> tuple[str | None, str]:
+    """Whether each of several ranks has the whole model, and why."""
+    ranks = distributed.current()
+    if ranks.world == 1:
+        return None, ""
+    gradient = job.scoring.method not in ("wanda", "magnitude")
+    if job.parallel == "shard" and not gradient:
+        raise SafecritError(f"--method {job.scoring.method} needs whole weights: use --parallel replicate.")
+    if job.parallel != "auto":
+        return job.parallel, "as asked for"
+    if not gradient:
+        return "replicate", f"--method {job.scoring.method} needs whole weights"
+    from safecrit.api.survey import survey
+
+    found = survey(job)
+    room, need = found.available, found.account
+    if need.fits(room["device"], room["host"]):
+        return "replicate", "model, judge and sums fit every rank whole"
+    return "shard", "model, judge and sums do not fit a rank whole"
 
 
 def _accumulate(name: str) -> Place:

@@ -2,20 +2,24 @@
 
 An interrupted run goes on where it was: answers are kept as they are made, the
 accumulators every `save_every` answers. The plan of batches depends on the answers
-alone, so a resumed run's scores equal an undisturbed run's bit for bit.
+alone, so a resumed run's scores equal an undisturbed run's bit for bit. Several ranks
+share the batches of the same plan; each sums, writes and resumes its part.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from safecrit import distributed
 from safecrit.anatomy import Anatomy, read_anatomy
+from safecrit.api import partial as kept
 from safecrit.api.answering import (
     KEPT,
     KEY,
@@ -27,49 +31,47 @@ from safecrit.api.answering import (
     items_of,
     write_samples,
 )
-from safecrit.api.judging import load_differentiable, load_judge
+from safecrit.api.loading import Divided, load_divided, load_whole, load_whole_judge
 from safecrit.api.placing import Placed, place
 from safecrit.api.scoreinfo import score_info
 from safecrit.api.scorejob import LIKELIHOODS, ScoreJob, check_settings
 from safecrit.comparison import agreement
-from safecrit.errors import FormatError, SafecritError
+from safecrit.errors import SafecritError
 from safecrit.estimators import Estimator, Item, LikelihoodEstimator, RelaxedEstimator, advantages
 from safecrit.files import atomic
 from safecrit.gradients import GradientStream
 from safecrit.judges import DifferentiableJudge, Judge
 from safecrit.judges.rubric import verdict_value
-from safecrit.models import LoadedModel, load_model
+from safecrit.models import LoadedModel
 from safecrit.progress import Reporter, quiet_reporter
 from safecrit.prompts import Prompt, read_prompts
 from safecrit.relaxation import RelaxationSettings
 from safecrit.scorefile import Scores, write_scores
-from safecrit.scoring import Scorer, ScoreState
-from safecrit.tensorfile import MappedFiles, TensorWriter, read_document
+from safecrit.scoring import Scorer, ScoreState, owners
+from safecrit.sharding import ShardedScorer, ShardedStream
 from safecrit.turns import Turns
 from safecrit.weightscores import InputNorms, magnitude
 
-PARTIAL, PARTIAL_VERSION = "partial-{}.safetensors", 1
 VERDICTS = ".verdicts.json"
 
 
-def run_score(job: ScoreJob, folder: Path, report: Reporter = quiet_reporter) -> Scores:
-    """Score a model into `folder` and open the result; takes up what an interrupted run left there."""
+def run_score(
+    job: ScoreJob, folder: Path, report: Reporter = quiet_reporter, note: Callable[[str], None] = lambda _: None
+) -> Scores:
+    """Score a model into `folder` and open the result; takes up what an interrupted run left there.
+
+    `note` hears how several ranks divide the work, and why.
+    """
     check_settings(job)
     prompts = read_prompts(job.prompts, job.limit) if job.prompts is not None else []
-    placed = place(job)
-    loaded = load_model(
-        job.model,
-        revision=job.revision,
-        device=placed.model_device,
-        dtype=job.dtype,
-        trust_remote_code=job.trust_remote_code,
-    )
-    judge: Judge | None = None
-    if job.judged:
-        assert job.judge is not None
-        choice = replace(job.judge, device=placed.judge_device)
-        judge = load_judge(choice) if job.sampled else load_differentiable(choice)
-    return score_loaded(loaded, judge, prompts, job, folder, report, placed)
+    placed = distributed.from_first(lambda: place(job))
+    if placed.parallel is not None:
+        note(f"{distributed.current().world} ranks: {placed.parallel} ({placed.parallel_reason})")
+    if placed.parallel == "shard":
+        loaded, judge, divided = load_divided(job, placed)
+    else:
+        loaded, judge, divided = load_whole(job, placed), load_whole_judge(job, placed), None
+    return score_loaded(loaded, judge, prompts, job, folder, report, placed, divided)
 
 
 def score_loaded(
@@ -80,15 +82,22 @@ def score_loaded(
     folder: Path,
     report: Reporter = quiet_reporter,
     placed: Placed | None = None,
+    divided: Divided | None = None,
 ) -> Scores:
-    """The same with model, judge and prompts at hand; `placed` None: both stay where they are."""
-    run = _Run(loaded, judge, list(prompts), job, folder, report, placed or Placed.here(job))
+    """The same with model, judge and prompts at hand; `placed` None: both stay where they are.
+
+    divided: what is known of the whole of a sharded model.
+    """
+    run = _Run(loaded, judge, list(prompts), job, folder, report, placed or Placed.here(job), divided)
     scores, state = run.scores()
-    info = run.info(scores, state)
+    ranks = distributed.current()
+    own = sorted(entry.name for _, entries, owner in owners(run.anatomy) if owner == ranks.rank for entry in entries)
+    info = run.info({name: scores[name] for name in own}, state)
     dropped = {entry["row"]: entry["reason"] for entry in state.dropped}
-    write_samples(folder, run.prompts, run.answers, state.values, dropped, run.values)
+    if ranks.first:
+        write_samples(folder, run.prompts, run.answers, state.values, dropped, run.values)
     dtype = torch.bfloat16 if job.score_dtype == "bfloat16" else torch.float32
-    write_scores(folder, ((name, scores[name].cpu()) for name in sorted(scores)), run.anatomy.layouts, info, dtype)
+    write_scores(folder, ((name, scores[name].cpu()) for name in own), run.anatomy.layouts, info, dtype)
     run.clean()
     return Scores.load(folder)
 
@@ -105,10 +114,14 @@ class _Run:
         folder: Path,
         report: Reporter,
         placed: Placed,
+        divided: Divided | None,
     ) -> None:
+        self.divided = divided
         self.loaded, self.judge, self.job, self.folder, self.report = loaded, judge, job, folder, report
         self.placed, self.settings = placed, job.scoring
-        self.anatomy: Anatomy = read_anatomy(loaded.model, include=job.include, exclude=job.exclude)
+        self.anatomy: Anatomy = (
+            read_anatomy(loaded.model, include=job.include, exclude=job.exclude) if divided is None else divided.anatomy
+        )
         self.turns: Turns | None = None
         if placed.turns is not None:
             assert judge is not None
@@ -132,7 +145,8 @@ class _Run:
             self.prompts, self.answers, self.items, self.cut = data_items(self.loaded, job.data, job.limit, chat)
             return
         self.answers = answer_prompts(self.loaded, self.prompts, job, self.folder, self.report)
-        write_samples(self.folder, self.prompts, self.answers, {}, {})
+        if distributed.current().first:
+            write_samples(self.folder, self.prompts, self.answers, {}, {})
         weights = None
         if job.sampled:
             self.values = self._verdicts()
@@ -155,14 +169,19 @@ class _Run:
             for prompt, own in zip(self.prompts, self.answers, strict=True)
             for answer in own
         ]
-        kept = self.folder / VERDICTS
+        file = self.folder / VERDICTS
         key = hash_of(self.judge.describe(), pairs)
-        if kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8")))["key"] == key:
-            values = found["values"]
-        else:
+
+        def known() -> list[float | None] | None:
+            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            return found["values"] if found.get("key") == key else None
+
+        values = distributed.from_first(known)
+        if values is None:
             values = [verdict_value(verdict) for verdict in self.judge.judge(pairs)]
-            with atomic(kept) as temporary:
-                temporary.write_text(json.dumps({"key": key, "values": values}), encoding="utf-8")
+            if distributed.current().first:
+                with atomic(file) as temporary:
+                    temporary.write_text(json.dumps({"key": key, "values": values}), encoding="utf-8")
         failed = sum(value is None for value in values)
         if failed > self.settings.max_dropped * len(values):
             raise SafecritError(
@@ -178,7 +197,7 @@ class _Run:
             return dict(magnitude(self.loaded.model, self.anatomy)), ScoreState()
         if self.settings.method == "wanda":
             return self._wanda()
-        self.stream = GradientStream(
+        self.stream = (GradientStream if self.divided is None else ShardedStream)(
             self.loaded.model,
             self.anatomy,
             scaled=self.settings.method == "esi" and self.settings.reduction != "square",
@@ -186,6 +205,7 @@ class _Run:
             place=self.placed.accumulate_on,
             folder=self.folder,
             device=self.placed.turns,
+            sigma=None if self.divided is None else self.divided.sigma,
         )
         self.estimator, relaxation = self._estimator(), self.settings.relaxation
         if not self.settings.stability:
@@ -225,7 +245,10 @@ class _Run:
         assert self.stream is not None and self.estimator is not None
         if isinstance(self.estimator, RelaxedEstimator):
             self.estimator.relaxation = relaxation
-        scorer = Scorer(
+        shared = isinstance(self.stream, ShardedStream)
+        key, file = self._key(items, relaxation), kept.own_file(self.folder, name, shared=shared)
+        earlier, current = kept.find(self.folder, name, key), distributed.gather(file)
+        scorer = (ShardedScorer if shared else Scorer)(
             self.loaded.model,
             self.estimator,
             self.stream,
@@ -234,24 +257,16 @@ class _Run:
             max_dropped=self.settings.max_dropped,
             checkpoint=self.placed.checkpoint,
             turns=self.turns,
+            bases=[found for found in earlier if found.file not in current],
         )
-        key = self._key(items, relaxation)
-        file = self.folder / PARTIAL.format(name)
 
-        def save(state: ScoreState, accumulators: Mapping[str, torch.Tensor]) -> None:
-            _save_state(file, key, state, accumulators)
-
-        def restore(accumulators: dict[str, torch.Tensor]) -> ScoreState | None:
-            found = _load_state(file, key)
-            if found is None:
-                return None
-            for tensor_name, tensor in found[0].items():
-                accumulators[tensor_name].copy_(tensor)
-            return found[1]
-
+        save = partial(kept.save, file, key)
+        if isinstance(self.stream, ShardedStream):
+            save = partial(kept.save_rows, file, key, self.stream)
+        restore = partial(kept.restored, file, key, self.stream)
         what = "scoring" if name == "all" else f"scoring {name}"
         with self.report(what, "answers" if self.job.sampled else "prompts") as progress:
-            scorer.run(save, restore, self.job.save_every, progress)
+            scorer.run(save, lambda _: restore(), self.job.save_every, progress)
         return scorer
 
     def _key(self, items: Sequence[Item], relaxation: RelaxationSettings) -> str:
@@ -266,20 +281,22 @@ class _Run:
         self, name: str, items: Sequence[Item], relaxation: RelaxationSettings
     ) -> tuple[Mapping[str, torch.Tensor], ScoreState]:
         """Means over `items`, in a file of their own; a pass that an earlier run finished is not made again."""
-        file = self.folder / PARTIAL.format(f"{name}-done")
+        file = self.folder / f"partial-{name}-done.safetensors"
         key = self._key(items, relaxation)
-        if _load_state(file, key) is None:
+        if not distributed.from_first(lambda: kept.load(file, key) is not None):
             scorer = self._pass(name, items, relaxation)
-            _save_state(file, key, scorer.state, scorer.scores(self.settings.method))
-        found = _load_state(file, key)
+            scores = scorer.scores(self.settings.method)
+            shapes = {entry.name: entry.layout.shape for entry in self.anatomy.eligible}
+            kept.save_together(file, key, scorer.state, shapes, scores)
+        found = kept.load(file, key)
         assert found is not None
-        return found
+        return found.tensors, found.state
 
     def _wanda(self) -> tuple[Mapping[str, torch.Tensor], ScoreState]:
         state = ScoreState(used=len(self.items))
         items = sorted(self.items, key=lambda item: (-item.tokens, item.row))
         with torch.no_grad(), InputNorms(self.loaded.model, self.anatomy) as norms:
-            for start in range(0, len(items), self.settings.batch_size):
+            for start in distributed.mine(range(0, len(items), self.settings.batch_size)):
                 batch = items[start : start + self.settings.batch_size]
                 longest = batch[0].tokens
                 tokens = torch.zeros((len(batch), longest), dtype=torch.long)
@@ -290,6 +307,7 @@ class _Run:
                 device = self.loaded.model.device
                 norms.count(mask.to(device))
                 self.loaded.model(input_ids=tokens.to(device), attention_mask=mask.long().to(device), use_cache=False)
+        norms.merge()
         return dict(norms.scores()), state
 
     def info(self, scores: Mapping[str, torch.Tensor], state: ScoreState) -> dict[str, Any]:
@@ -319,8 +337,11 @@ class _Run:
         """Remove what only an interrupted run needs."""
         if self.stream is not None:
             self.stream.close()
-        for file in (*self.folder.glob(PARTIAL.format("*")), *(self.folder / name for name in (KEY, KEPT, VERDICTS))):
-            file.unlink(missing_ok=True)
+        distributed.barrier()
+        if distributed.current().first:
+            for pattern in (kept.PATTERN, KEY, KEPT, VERDICTS):
+                for file in self.folder.glob(pattern):
+                    file.unlink()
 
 
 class _Merged(Mapping[str, torch.Tensor]):
@@ -342,25 +363,3 @@ class _Merged(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self.a)
-
-
-def _save_state(file: Path, key: str, state: ScoreState, tensors: Mapping[str, torch.Tensor]) -> None:
-    document = {"format": "safecrit-partial", "version": PARTIAL_VERSION, "key": key, "state": asdict(state)}
-    entries = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with atomic(file) as temporary, TensorWriter(temporary, entries, document) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-
-
-def _load_state(file: Path, key: str) -> tuple[dict[str, torch.Tensor], ScoreState] | None:
-    """What a killed run saved, as views of its file; None where there is none, or of other inputs at the same paths."""
-    if not file.is_file():
-        return None
-    try:
-        stored, document = read_document(file, "safecrit-partial", PARTIAL_VERSION)
-    except FormatError:
-        return None  # of another version
-    if document.get("key") != key:
-        return None
-    mapped = MappedFiles()
-    return {name: mapped.tensor(entry) for name, entry in stored.items()}, ScoreState(**document["state"])

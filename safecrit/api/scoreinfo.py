@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safecrit import distributed
 from safecrit.anatomy import Anatomy
 from safecrit.api.answering import Answers, fingerprint_of
 from safecrit.judges import Judge
@@ -37,7 +38,10 @@ def score_info(
     values: Sequence[Sequence[float | None]] | None,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The document; `sigma` holds float64 [matrices] by checkpoint name, `values` the verdicts on sampled answers."""
+    """The document; `sigma` holds float64 [matrices] by checkpoint name, `values` the verdicts on sampled answers.
+
+    `scores` by checkpoint name: all of them, or of several ranks each its own.
+    """
     settings, relaxation = job.scoring, job.scoring.relaxation
     flat = [answer for own in answers for answer in own]
     table = _matrix_table(anatomy, sigma, scores)
@@ -143,9 +147,12 @@ def unrouted(table: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
 def _matrix_table(
     anatomy: Anatomy, sigma: Mapping[str, torch.Tensor], scores: Mapping[str, torch.Tensor]
 ) -> list[dict[str, Any]]:
-    table = []
+    """One row a logical matrix, in order; of several ranks each makes those of the scores it has."""
+    tables: dict[str, list[dict[str, Any]]] = {}
     for entry in anatomy.eligible:
-        whole = scores[entry.name]
+        if entry.name not in scores:
+            continue
+        whole, table = scores[entry.name], tables.setdefault(entry.name, [])
         spreads = sigma[entry.name].tolist() if entry.name in sigma else [None] * len(entry.layout.matrices)
         for matrix, spread in zip(entry.layout.matrices, spreads, strict=True):
             score = matrix.where.of(whole).abs()
@@ -162,4 +169,5 @@ def _matrix_table(
                     "nonzero": int((score > 0).sum()),
                 }
             )
-    return table
+    known = {name: rows for own in distributed.gather(tables) for name, rows in own.items()}
+    return [row for entry in anatomy.eligible for row in known[entry.name]]

@@ -48,7 +48,7 @@ class ScoreJob:
 
     answers: a file of answers made elsewhere, instead of generating them. data: training
     examples for `answer-nll`. refusal: the text of `refusal-nll`. samples: answers a prompt of
-    the score function.
+    the score function. parallel: auto, shard, replicate: how ranks divide the work.
     """
 
     model: str
@@ -67,6 +67,7 @@ class ScoreJob:
     exclude: str | None = None
     score_dtype: str = "float32"
     save_every: int = 256
+    parallel: str = "auto"
     generation: GenerationSettings = GenerationSettings()
     scoring: ScoreSettings = ScoreSettings()
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from safecrit import distributed
 from safecrit.account import Account, ScorePlan, decide, largest_batches, score_account
 from safecrit.api.answering import split_example
 from safecrit.api.scorejob import ScoreJob, check_settings
@@ -136,8 +137,10 @@ def description_folder(name: str, revision: str | None) -> Path:
 
 def _available(device: torch.device, gpu_memory: str | None, output: Path) -> dict[str, int]:
     own = parse_bytes(gpu_memory) if gpu_memory is not None else device_free(device)
+    local = distributed.current().local_world
     above = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    return {"device": own, "host": host_free(), "disk": shutil.disk_usage(above).free}
+    host, disk = host_free() // local, shutil.disk_usage(above).free // local
+    return {"device": own // local if device.type == "cpu" else own, "host": host, "disk": disk}
 
 
 def _read_judge(choice: JudgeChoice, prompts: Sequence[Prompt]) -> tuple[ModelShape, list[int]]:

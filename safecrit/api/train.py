@@ -22,7 +22,7 @@ from safecrit.training_output import write_set_output, write_spa_output
 from safecrit.trainloop import TrainSettings
 from safecrit.verification import VerifyReport, verify
 
-__all__ = ["TrainJob", "TrainOutcome", "check_inputs", "headline", "run_training"]
+__all__ = ["LoraSettings", "TrainJob", "TrainOutcome", "check_inputs", "headline", "run_training"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def check_inputs(job: TrainJob) -> Mask:
     mask = Mask.load(job.mask)
     if job.lora is not None:
         peft_module()
-    _examples(job)
+    read_data(job)
     if job.results is not None:
         evaluated(read_results(job.results), accepted_fingerprints(folder)[0], job.results)
     shapes = {name: tensor.shape for name, tensor in checkpoint_tensors(folder).items()}
@@ -74,7 +74,8 @@ def check_inputs(job: TrainJob) -> Mask:
     return mask
 
 
-def _examples(job: TrainJob) -> tuple[TrainData, TrainData | None]:
+def read_data(job: TrainJob) -> tuple[TrainData, TrainData | None]:
+    """The training examples and the retain examples; SafecritError where a file is missing or broken."""
     return read_examples(job.data, job.limit), read_examples(job.retain) if job.retain else None
 
 
@@ -93,7 +94,7 @@ def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter)
 
 
 def _run(job: TrainJob, mask: Mask, folder: Path, report: Reporter) -> TrainOutcome:
-    data, retain = _examples(job)
+    data, retain = read_data(job)
     loaded = load_model(
         job.model,
         revision=job.revision,
@@ -125,7 +126,7 @@ def _run(job: TrainJob, mask: Mask, folder: Path, report: Reporter) -> TrainOutc
 
 def _run_lora(job: TrainJob, lora: LoraSettings, mask: Mask, folder: Path, report: Reporter) -> TrainOutcome:
     """Train an adapter, then merge it into the model loaded afresh, as `safecrit merge` does."""
-    data, retain = _examples(job)
+    data, retain = read_data(job)
     source: dict[str, Any] = {
         "revision": job.revision,
         "device": job.device,

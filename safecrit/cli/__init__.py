@@ -10,7 +10,11 @@ INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line; known errors become one message and their exit code."""
+    """Run the command line; known errors become one message and their exit code.
+
+    As one rank of several, rank 0 alone prints, and what fails on any of them ends all, with one message.
+    """
+    from safecrit import faults
     from safecrit.cli.app import app
     from safecrit.cli.sink import report_error
     from safecrit.errors import SafecritError
@@ -19,17 +23,30 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if faults.launched() and os.environ["RANK"] != "0" and not debug:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
     try:
-        app()
-    except SystemExit as end:
-        if end.code == INTERRUPTED:  # Typer's way to pass Ctrl-C on
-            sys.stderr.write("\ninterrupted: finished files are whole; run the same command again to go on.\n")
-        raise
+        try:
+            app()
+        except SystemExit as end:
+            if not end.code and faults.watching():
+                from safecrit import distributed
+
+                distributed.finish()
+            if end.code == INTERRUPTED:  # Typer's way to pass Ctrl-C on
+                sys.stderr.write("\ninterrupted: finished files are whole; run the same command again to go on.\n")
+            raise
     except SafecritError as error:
         if debug:
             traceback.print_exc()
-        if error.exit_code:
-            report_error(str(error))
-        else:
+        if not error.exit_code:
             sys.stderr.write(f"{error}\n")
+        elif faults.watching():
+            faults.fail(error, str(error), error.exit_code)
+        else:
+            report_error(str(error))
         sys.exit(error.exit_code)
+    except Exception as error:
+        if not faults.watching():
+            raise
+        faults.fail(error, f"{error}\n{traceback.format_exc()}", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -51,9 +52,12 @@ EXAMPLES = {
     "spa": (
         f"safecrit spa {D}/models/aligned --mask {D}/masks/aligned_top_10.safetensors --data {D}/data/task.jsonl \\",
         "  --steps 50 --lr 1e-4 --batch-size 16 -o my-adapted",
+        f"safecrit spa {D}/models/aligned --mask {D}/masks/aligned_top_10.safetensors --data {D}/data/task.jsonl \\",
+        "  --use-peft --lora-r 8 --steps 50 --lr 1e-3 --batch-size 16 -o my-lora",
     ),
     "merge": (
-        f"safecrit merge {D}/models/aligned my-adapter --mask {D}/masks/aligned_top_10.safetensors -o my-merged",
+        f"safecrit merge {D}/models/aligned my-lora/safecrit/adapter --mask {D}/masks/aligned_top_10.safetensors \\",
+        "  -o my-merged",
     ),
     "apply": (f"safecrit apply {D}/models/base my-safer/safecrit/delta.safetensors -o my-copy",),
     "eval": (
@@ -119,8 +123,20 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+RANKED = ("score", "mask", "eval")
+
+
 @app.callback()
 def options(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Find the weights of a language model that carry its safety, and act on exactly those."""
+    from safecrit import faults
+    from safecrit.errors import SafecritError
+
+    command = context.invoked_subcommand
+    if faults.launched() and int(os.environ["WORLD_SIZE"]) > 1 and command not in RANKED:
+        raise SafecritError(
+            f"`safecrit {command}` runs in one process: start it without torchrun. Several are for {', '.join(RANKED)}."
+        )

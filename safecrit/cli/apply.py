@@ -13,7 +13,7 @@ from safecrit.cli.sink import Sink
 
 def apply(
     model: o.ModelArgument,
-    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="Delta file of `safecrit set`.")],
+    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="Delta of `safecrit set`: file or Hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Model folder to write.")],
     undo: Annotated[bool, typer.Option("--undo", help="Take the delta out of its result.")] = False,
     revision: o.Revision = None,

@@ -104,6 +104,7 @@ def evaluate(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
+    dist_timeout: o.DistTimeout = o.DIST_TIMEOUT_S,
     overwrite: o.Overwrite = False,
     config: o.Config = None,
     as_json: o.Json = False,
@@ -115,6 +116,7 @@ def evaluate(
     Every share has a 95 % Wilson interval; answers the judge failed on are
     counted apart and never as safe. Answers lie in samples.jsonl only.
     """
+    from safecrit import distributed
     from safecrit.api.evaluate import EvalJob, check_inputs, find_cards, run_eval
     from safecrit.cardfigures import add_evaluation
     from safecrit.generation import GenerationSettings
@@ -152,18 +154,22 @@ def evaluate(
         ),
         settings=EvalSettings(max_asr=max_asr, max_over_refusal=max_over_refusal),
     )
+    distributed.start(dist_timeout)
     check_inputs(job)
     cards = find_cards(job) if card else {}
     place = output or default_output("eval", Path((*job.models, *job.answers)[0]).stem)
-    folder = open_output(place, "eval", asked, overwrite=overwrite)
+    folder = distributed.from_first(lambda: open_output(place, "eval", asked, overwrite=overwrite))
+    distributed.writes_in(folder.path)
     evaluation = run_eval(job, sink.progress, folder.path)
-    write_evaluation(folder.path, evaluation)
-    folder.finish()
+    if distributed.current().first:
+        write_evaluation(folder.path, evaluation)
+        folder.finish()
     for warning in evaluation.warnings:
         sink.warn(warning)
     results = results_json(evaluation)
-    for name, file in cards.items():
-        add_evaluation(file, results, name)
+    if distributed.current().first:
+        for name, file in cards.items():
+            add_evaluation(file, results, name)
     _print(evaluation, results, sink)
     for file in cards.values():
         sink.line(f"Model card: {file}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -49,6 +48,7 @@ def mask(
     max_new_tokens: o.MaxNewTokens = 256,
     batch_size: o.BatchSize = "auto",
     overwrite: o.Overwrite = False,
+    dist_timeout: o.DistTimeout = o.DIST_TIMEOUT_S,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -58,6 +58,7 @@ def mask(
     A share counts all parameters of the model (`--share-of eligible` for the
     scored ones only). Equal scores go to the smaller tensor name, then index.
     """
+    from safecrit import distributed
     from safecrit.errors import SafecritError
     from safecrit.maskfile import Mask
     from safecrit.outputs import check_output_file, default_output
@@ -65,6 +66,7 @@ def mask(
     from safecrit.selection import SelectionSettings, select
 
     sink = Sink(as_json=as_json, quiet=quiet)
+    distributed.start(dist_timeout)
     mode, share = _mode(top, bottom, random, match, count)
     settings = SelectionSettings(
         mode=mode,
@@ -75,16 +77,16 @@ def mask(
         seed=seed,
         allow_zero=allow_zero,
     )
-    output = check_output_file(
-        output or default_output("mask", source).with_suffix(".safetensors"), overwrite=overwrite
-    )
+    wanted = output or default_output("mask", source).with_suffix(".safetensors")
+    output = distributed.from_first(lambda: check_output_file(wanted, overwrite=overwrite))
+    distributed.writes_in(output.parent)
     if judge is None and prompts is None:
         if limit is not None:
             raise SafecritError("--limit goes with a model to score; a score folder is scored already.")
         selected = select(Scores.load(source), settings)
     else:
-        with tempfile.TemporaryDirectory(prefix="safecrit-") as work:
-            scores = _score(source, judge, prompts, limit, max_new_tokens, batch_size, seed, Path(work), sink)
+        with distributed.shared_folder(output.parent) as work:
+            scores = _score(source, judge, prompts, limit, max_new_tokens, batch_size, seed, work, sink)
             selected = select(scores, settings)
     selected.save(output)
     info = selected.info
@@ -93,7 +95,7 @@ def mask(
     of_all, of_eligible = selected.count / info.total, selected.count / info.eligible
     sink.line(
         f"Selected {selected.count:,} of {info.total:,} weights ({of_all:.3%}; {of_eligible:.3%} of the "
-        f"{info.eligible:,} eligible), {info.mode}, in {len(selected.indices)} tensors."
+        f"{info.eligible:,} eligible), {info.mode}, in {len(selected.counts)} tensors."
     )
     if info.tied > 1:
         sink.line(

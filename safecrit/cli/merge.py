@@ -21,6 +21,8 @@ def merge(
     device: o.Device = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     allow_other_weights: o.AllowOtherWeights = False,
+    push_to_hub: o.PushToHub = None,
+    public: o.Public = False,
     overwrite: o.Overwrite = False,
     config: o.Config = None,
     as_json: o.Json = False,
@@ -34,6 +36,7 @@ def merge(
     from safecrit.adapter import adapter_headline
     from safecrit.api.merge import MergeJob, check_merge, run_merge
     from safecrit.errors import CheckFailed
+    from safecrit.hub import push
     from safecrit.outputs import default_output, open_output
 
     sink = Sink(as_json=as_json, quiet=quiet)
@@ -67,3 +70,5 @@ def merge(
     folder.finish()
     sink.line(report.message())
     sink.line(f"Output: {folder.path}")
+    if push_to_hub:
+        sink.line(f"Uploaded: {push(folder.path, push_to_hub, public=public)}")

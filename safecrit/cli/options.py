@@ -11,7 +11,21 @@ if TYPE_CHECKING:
     from safecrit.api.judging import JudgeChoice
     from safecrit.chat import ChatSettings
 
-TRANSIENT = {"output", "overwrite", "config", "as_json", "quiet", "debug"}
+TRANSIENT = {
+    "output",
+    "overwrite",
+    "config",
+    "as_json",
+    "quiet",
+    "debug",
+    "push_to_hub",
+    "public",
+    "dry_run",
+    "gpu_memory",
+    "dist_timeout",
+    "parallel",
+}
+DIST_TIMEOUT_S = 1800
 
 
 def _load_config(context: typer.Context, value: Path | None) -> Path | None:
@@ -63,7 +77,7 @@ Judge = Annotated[str, typer.Option("--judge", metavar="JUDGE", help="Judge: a g
 Prompts = Annotated[
     str, typer.Option("--prompts", metavar="FILE", help="Harmful prompts: CSV, JSON, JSONL or a Hub id.")
 ]
-MaskFile = Annotated[Path, typer.Option("--mask", metavar="MASK", help="Safety mask file.")]
+MaskFile = Annotated[Path, typer.Option("--mask", metavar="MASK", help="Safety mask: file or Hub id.")]
 OutputFolder = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="DIR", help="Output folder. [default: safecrit-out/...]")
 ]
@@ -134,8 +148,19 @@ ThinkEnd = Annotated[
     str | None,
     typer.Option("--think-end-token", metavar="TEXT", help="Ends a thought; what follows it is the answer judged."),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would need, from config.json alone, and stop.")]
+GpuMemory = Annotated[
+    str | None, typer.Option("--gpu-memory", metavar="SIZE", help="With --dry-run: of a GPU, such as 24GiB.")
+]
+PushToHub = Annotated[
+    str | None, typer.Option("--push-to-hub", metavar="NAME", help="Upload the verified output to this Hub repository.")
+]
+Public = Annotated[bool, typer.Option("--public", help="Make that repository public; it is private otherwise.")]
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+DistTimeout = Annotated[
+    float, typer.Option("--dist-timeout", min=1, help="Under torchrun: seconds that a rank waits for the others.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 

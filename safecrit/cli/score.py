@@ -68,10 +68,6 @@ Checkpoint = Annotated[
 Stability = Annotated[
     bool, typer.Option("--stability", help="Also compare halves of the prompts and two noise seeds (twice the time).")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would need, from config.json alone, and stop.")]
-GpuMemory = Annotated[
-    str | None, typer.Option("--gpu-memory", metavar="SIZE", help="With --dry-run: of a GPU, such as 24GiB.")
-]
 Reduction = Annotated[
     Literal["signed", "abs", "square"],
     typer.Option(
@@ -95,6 +91,10 @@ ScoreDtype = Annotated[
     Literal["float32", "bfloat16"], typer.Option("--score-dtype", help="What scores are stored as; sums are float32.")
 ]
 SaveEvery = Annotated[int, typer.Option("--save-every", min=1, help="Save the state after this many prompts.")]
+Parallel = Annotated[
+    Literal["auto", "shard", "replicate"],
+    typer.Option("--parallel", help="Under torchrun: the model whole on every rank, or divided (FSDP2)."),
+]
 
 
 def score(
@@ -137,6 +137,8 @@ def score(
     exclude: Exclude = None,
     score_dtype: ScoreDtype = "float32",
     save_every: SaveEvery = 256,
+    parallel: Parallel = "auto",
+    dist_timeout: o.DistTimeout = o.DIST_TIMEOUT_S,
     seed: o.Seed = 0,
     revision: o.Revision = None,
     device: o.Device = "auto",
@@ -144,8 +146,8 @@ def score(
     judge_device: JudgeDevice = "auto",
     judge_dtype: JudgeDtype = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
-    dry_run: DryRun = False,
-    gpu_memory: GpuMemory = None,
+    dry_run: o.DryRun = False,
+    gpu_memory: o.GpuMemory = None,
     overwrite: o.Overwrite = False,
     config: o.Config = None,
     as_json: o.Json = False,
@@ -157,16 +159,16 @@ def score(
     The model answers the prompts, the judge reads the answers, and the gradient
     of its verdict goes back through both. Scores land in the output folder.
     """
+    from safecrit import distributed
     from safecrit.outputs import default_output
 
     sink = Sink(as_json=as_json, quiet=quiet)
     settings = o.resolved(context)
-    for transient in ("dry_run", "gpu_memory"):
-        del settings[transient]
     if dry_run:
         _dry_run(settings, gpu_memory, output or default_output("score", model), sink)
         return
-    run(settings, output or default_output("score", model), overwrite, sink)
+    distributed.start(dist_timeout)
+    run({**settings, "parallel": parallel}, output or default_output("score", model), overwrite, sink)
 
 
 def job_of(settings: dict[str, Any]) -> ScoreJob:
@@ -200,6 +202,7 @@ def job_of(settings: dict[str, Any]) -> ScoreJob:
             checkpoint=s["checkpoint_activations"],
             stability=s["stability"],
         ),
+        parallel=s.get("parallel", "auto"),
         **{name: s[name] for name in (*plain, *more)},
     )
 
@@ -231,17 +234,21 @@ def _dry_run(settings: dict[str, Any], gpu_memory: str | None, output: Path, sin
 
 def run(settings: dict[str, Any], output: Path, overwrite: bool, sink: Sink) -> Scores:
     """Run the job into `output` and print what came out."""
+    from safecrit import distributed
     from safecrit.api.score import run_score
     from safecrit.api.scorejob import check_inputs
     from safecrit.outputs import open_output
 
     job = job_of(settings)
     check_inputs(job)
-    folder = open_output(output, "score", settings, overwrite=overwrite)
+    kept = {name: value for name, value in settings.items() if name not in o.TRANSIENT}
+    folder = distributed.from_first(lambda: open_output(output, "score", kept, overwrite=overwrite))
+    distributed.writes_in(folder.path)
     if folder.resumed:
         sink.note(f"resuming the interrupted run in {folder.path}")
-    scores = run_score(job, folder.path, sink.progress)
-    folder.finish()
+    scores = run_score(job, folder.path, sink.progress, sink.note)
+    if distributed.current().first:
+        folder.finish()
     info = scores.info
     for warning in info["warnings"]:
         sink.warn(warning)

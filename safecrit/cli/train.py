@@ -60,6 +60,10 @@ def set_(
     save_steps: SaveSteps = 0,
     report_to: ReportTo = "none",
     results: Results = None,
+    dry_run: o.DryRun = False,
+    gpu_memory: o.GpuMemory = None,
+    push_to_hub: o.PushToHub = None,
+    public: o.Public = False,
     seed: o.Seed = 0,
     revision: o.Revision = None,
     device: o.Device = "auto",
@@ -77,7 +81,7 @@ def set_(
     Every other weight keeps its bits; the files written are verified at the end.
     The default learning rate is the paper's; it moves weights very little.
     """
-    _run("set", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet))
+    _run("set", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet), context)
 
 
 def spa(
@@ -111,10 +115,20 @@ def spa(
         str | None,
         typer.Option("--lora-target-modules", metavar="NAMES", help="q_proj,v_proj, ... [default: all-linear]"),
     ] = None,
+    lora_target_parameters: Annotated[
+        str | None,
+        typer.Option("--lora-target-parameters", metavar="NAMES", help="Outside linear layers: fused experts."),
+    ] = None,
+    use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = False,
+    use_dora: Annotated[bool, typer.Option("--use-dora", help="Weight-decomposed LoRA (DoRA).")] = False,
     gradient_checkpointing: Checkpointing = False,
     save_steps: SaveSteps = 0,
     report_to: ReportTo = "none",
     results: Results = None,
+    dry_run: o.DryRun = False,
+    gpu_memory: o.GpuMemory = None,
+    push_to_hub: o.PushToHub = None,
+    public: o.Public = False,
     seed: o.Seed = 0,
     revision: o.Revision = None,
     device: o.Device = "auto",
@@ -129,19 +143,27 @@ def spa(
 ) -> None:
     """Safety-preserving adaptation (SPA): fine-tune on a task with the masked weights frozen, bit for bit.
 
+    With --use-peft the base stays as it is while a LoRA adapter trains, and the merge leaves the masked weights out.
     The files written are verified at the end. Freezing slows the loss of safety
     down; it does not stop somebody who fine-tunes in order to break it.
     """
-    _run("spa", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet))
+    _run("spa", o.resolved(context), output, overwrite, Sink(as_json=as_json, quiet=quiet), context)
 
 
 def _run(
-    mode: Literal["set", "spa"], settings: dict[str, Any], output: Path | None, overwrite: bool, sink: Sink
+    mode: Literal["set", "spa"],
+    settings: dict[str, Any],
+    output: Path | None,
+    overwrite: bool,
+    sink: Sink,
+    context: typer.Context,
 ) -> None:
     from dataclasses import fields
 
     from safecrit.api.train import TrainJob, check_inputs, headline, run_training
     from safecrit.errors import CheckFailed
+    from safecrit.hub import push
+    from safecrit.lora import lora_headline
     from safecrit.outputs import default_output, open_output
     from safecrit.trainloop import TrainSettings
 
@@ -157,12 +179,22 @@ def _run(
         results=Path(settings["results"]) if settings["results"] is not None else None,
         **{key: value for key, value in settings.items() if key in own},
     )
-    mask = check_inputs(job)
     path = output or default_output(mode, job.model)
+    if context.params["dry_run"]:
+        from dataclasses import asdict
+
+        from safecrit.api.traindryrun import dry_run, lines
+
+        found = dry_run(job, gpu_memory=context.params["gpu_memory"], output=path)
+        for line in lines(found):
+            sink.line(line)
+        sink.result(asdict(found))
+        return
+    mask = check_inputs(job)
     folder = open_output(path, mode, settings, overwrite=overwrite, inside="safecrit")
     if folder.resumed:
         sink.note(f"resuming the interrupted run in {folder.path}")
-    sink.line(headline(mask, mode) if lora is None else f"Training a LoRA adapter of rank {lora.r}, base frozen")
+    sink.line(headline(mask, mode) if lora is None else lora_headline(lora))
     outcome = run_training(job, folder.path, sink.progress)
     result, report = outcome.result, outcome.verified
     if outcome.skipped:
@@ -189,6 +221,8 @@ def _run(
     folder.finish()
     sink.line(report.message())
     sink.line(f"Output: {folder.path}")
+    if context.params["push_to_hub"]:
+        sink.line(f"Uploaded: {push(folder.path, context.params['push_to_hub'], public=context.params['public'])}")
 
 
 def _lora(settings: dict[str, Any]) -> LoraSettings | None:
@@ -196,20 +230,15 @@ def _lora(settings: dict[str, Any]) -> LoraSettings | None:
     from safecrit.errors import SafecritError
     from safecrit.lora import LoraSettings
 
-    given = {
-        name: settings[f"lora_{name}"]
-        for name in ("r", "alpha", "dropout", "target_modules")
-        if settings.get(f"lora_{name}") is not None
-    }
+    names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
+    given = {name: settings[name] for name in names if settings.get(name) is not None}
+    given |= {name: True for name in ("use_rslora", "use_dora") if settings.get(name)}
     if not settings.get("use_peft"):
         if given:
-            raise SafecritError(f"--lora-{next(iter(given)).replace('_', '-')}: does nothing without --use-peft.")
+            raise SafecritError(f"--{next(iter(given)).replace('_', '-')}: does nothing without --use-peft.")
         return None
-    defaults = LoraSettings()
-    targets = given.get("target_modules")
-    return LoraSettings(
-        r=given.get("r", defaults.r),
-        lora_alpha=given.get("alpha", defaults.lora_alpha),
-        lora_dropout=given.get("dropout", defaults.lora_dropout),
-        target_modules=tuple(name.strip() for name in targets.split(",")) if targets else defaults.target_modules,
-    )
+    given["r"] = given.pop("lora_r", LoraSettings.r)
+    for name in ("target_modules", "target_parameters"):
+        if f"lora_{name}" in given:
+            given[name] = tuple(part.strip() for part in given.pop(f"lora_{name}").split(","))
+    return LoraSettings(**given)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from safecrit import distributed
 from safecrit.bridge import byte_spans, vocabulary
 from safecrit.chat import Rendering, encode_continuation
 from safecrit.errors import SafecritError
@@ -279,10 +280,16 @@ class ConversationJudge(ABC):
                 verdicts[n] = Verdict("error", None, "longer than the judge's window")
         waiting = [n for n in waiting if verdicts[n] is None]
         waiting.sort(key=lambda n: len(read[n].ids))
-        for start in range(0, len(waiting), self.settings.batch_size):
-            batch = waiting[start : start + self.settings.batch_size]
-            pairs_log_p = self.verdicts([read[n] for n in batch], [self.embed(read[n]) for n in batch])
-            for n, value in zip(batch, (pairs_log_p[:, 0] - pairs_log_p[:, 1]).tolist(), strict=True):
+        size = self.settings.batch_size
+        batches = [waiting[start : start + size] for start in range(0, len(waiting), size)]
+
+        def log_odds(batch: list[int]) -> list[float]:
+            log_p = self.verdicts([read[n] for n in batch], [self.embed(read[n]) for n in batch])
+            return (log_p[:, 0] - log_p[:, 1]).tolist()
+
+        together = distributed.is_sharded(self.model)
+        for batch, values in zip(batches, distributed.divided(batches, log_odds, together=together), strict=True):
+            for n, value in zip(batch, values, strict=True):
                 if not math.isfinite(value):
                     verdicts[n] = Verdict("error", None, "verdict is no number")
                     continue

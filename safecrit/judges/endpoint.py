@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from safecrit import distributed
 from safecrit.chatserver import CallFailed, ChatServer
 from safecrit.errors import SafecritError
 from safecrit.judges import Verdict
@@ -69,7 +70,8 @@ class EndpointJudge:
         waiting = [n for n, (_, answer) in enumerate(pairs) if answer.strip()]
         questions = [[{"role": "user", "content": self.rubric.question(*pairs[n])}] for n in waiting]
         verdicts = dict.fromkeys(range(len(pairs)), Verdict("error", None, "empty answer"))
-        for n, reply in zip(waiting, self.server.ask(questions), strict=True):
+        replies = distributed.from_first(lambda: self.server.ask(questions))
+        for n, reply in zip(waiting, replies, strict=True):
             if isinstance(reply, CallFailed):
                 verdicts[n] = Verdict("error", None, str(reply))
             else:

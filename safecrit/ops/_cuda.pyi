@@ -1,4 +1,5 @@
 MINIMUM_CAPABILITY: int
+SELECT_RESULTS: int
 
 def esi_accumulate(
     acc: int,
@@ -27,6 +28,33 @@ def matrix_std(
     device: int,
     stream: int,
 ) -> None: ...
+def select_top(
+    data: list[int],
+    sizes: list[int],
+    dtypes: list[int],
+    k: int,
+    largest: bool,
+    out: int,
+    result: int,
+    exact: bool,
+    room: int,
+    place: int,
+    scratch: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def select_top_scratch(
+    data: list[int],
+    sizes: list[int],
+    dtypes: list[int],
+    k: int,
+    largest: bool,
+    out: int,
+    result: int,
+    exact: bool,
+    room: int,
+    place: int,
+) -> int: ...
 def sparse_adamw(
     weight: int,
     indices: int,
@@ -38,6 +66,18 @@ def sparse_adamw(
     k: int,
     dtypes: tuple[int, ...],
     factors: tuple[float, ...],
+    device: int,
+    stream: int,
+) -> None: ...
+def gather(
+    out: int,
+    values: int,
+    indices: int,
+    numel: int,
+    k: int,
+    dtype: int,
+    wide: bool,
+    add: bool,
     device: int,
     stream: int,
 ) -> None: ...

@@ -27,6 +27,17 @@ def sparse_adamw(
     factors: tuple[float, ...],
     threads: int,
 ) -> None: ...
+def gather(
+    out: int,
+    values: int,
+    indices: int,
+    numel: int,
+    k: int,
+    dtype: int,
+    wide: bool,
+    add: bool,
+    threads: int,
+) -> None: ...
 def masked_adamw(
     weight: int,
     grad: int,
@@ -42,6 +53,9 @@ def bits_from_indices(indices: int, k: int, numel: int, bits: int, threads: int)
 def count_bits(bits: int, bytes: int, threads: int) -> int: ...
 def indices_from_bits(bits: int, bytes: int, indices: int, k: int, threads: int) -> None: ...
 def read_memory(data: int, bytes: int, threads: int) -> int: ...
+def rank_counts(
+    data: list[int], sizes: list[int], dtypes: list[int], largest: bool, low: int, high: int, shift: int, threads: int
+) -> list[int]: ...
 def select_top(
     data: list[int],
     sizes: list[int],

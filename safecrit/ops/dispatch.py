@@ -33,16 +33,28 @@ _OPS: dict[str, dict[str, str]] = {
     },
     "matrix_std": {
         "cuda": "safecrit.ops.native_std:matrix_std_cuda",
+        "triton": "safecrit.kernels.matrix_std:matrix_std",
         "native": "safecrit.ops.native_std:matrix_std_cpu",
         "reference": "safecrit.ops.reference.matrix_std:matrix_std",
     },
     "select_top": {
+        "cuda": "safecrit.ops.native_select:select_top_cuda",
         "native": "safecrit.ops.native_select:select_top_cpu",
         "reference": "safecrit.ops.reference.select_top:select_top",
+    },
+    "rank_counts": {
+        "native": "safecrit.ops.native_select:rank_counts_cpu",
+        "reference": "safecrit.ops.reference.select_top:rank_counts",
     },
     "select_random": {
         "native": "safecrit.ops.native_select:select_random_cpu",
         "reference": "safecrit.ops.reference.select_random:select_random",
+    },
+    "gather_": {
+        "cuda": "safecrit.ops.native_gather:gather_cuda",
+        "triton": "safecrit.kernels.gather:gather",
+        "native": "safecrit.ops.native_gather:gather_cpu",
+        "reference": "safecrit.ops.reference.gather:gather",
     },
     "sparse_adamw_": {
         "cuda": "safecrit.ops.native_adamw:sparse_adamw_cuda",

@@ -52,6 +52,12 @@ def cuda_usable(device: torch.device) -> tuple[bool, str]:
     return True, f"CUDA kernels, compute capability {major}.{minor}"
 
 
+def queue(device: torch.device) -> tuple[int, int]:
+    """Index of a CUDA device and its current stream: the last arguments of every CUDA kernel."""
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
 def esi_accumulate_cpu(plane: Plane, sigma: float, reduction: str) -> int:
     """C++ kernel of `safecrit.ops.esi_accumulate_`."""
     module, _ = cpu_module()
@@ -65,8 +71,7 @@ def esi_accumulate_cuda(plane: Plane, sigma: float, reduction: str) -> int:
     assert module is not None, "chosen only where it can be imported"
     device = plane.acc.device
     skipped = torch.zeros(1, dtype=torch.int64, device=device)
-    stream = torch.cuda.current_stream(device)
-    module.esi_accumulate(*_plain(plane, sigma, reduction), skipped.data_ptr(), stream.device_index, stream.cuda_stream)
+    module.esi_accumulate(*_plain(plane, sigma, reduction), skipped.data_ptr(), *queue(device))
     return int(skipped.item())
 
 

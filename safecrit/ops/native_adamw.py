@@ -35,7 +35,8 @@ def sparse_adamw_cuda(
     """CUDA kernel of `safecrit.ops.sparse_adamw_`."""
     module, _ = native.cuda_module()
     assert module is not None, "chosen only where it can be imported"
-    module.sparse_adamw(*_sparse(weight, indices, grad_k, master, exp_avg, exp_avg_sq, settings), *_queue(weight))
+    state = _sparse(weight, indices, grad_k, master, exp_avg, exp_avg_sq, settings)
+    module.sparse_adamw(*state, *native.queue(weight.device))
 
 
 def masked_adamw_cpu(
@@ -65,7 +66,7 @@ def masked_adamw_cuda(
     module, _ = native.cuda_module()
     assert module is not None, "chosen only where it can be imported"
     grad = grad.contiguous()  # the caching allocator reuses it in this stream's order only
-    module.masked_adamw(*_masked(weight, grad, exp_avg, exp_avg_sq, bits, settings), *_queue(weight))
+    module.masked_adamw(*_masked(weight, grad, exp_avg, exp_avg_sq, bits, settings), *native.queue(weight.device))
 
 
 def _sparse(
@@ -99,8 +100,3 @@ def _codes(*tensors: torch.Tensor) -> tuple[int, ...]:
 
 def _threads() -> int:
     return torch.get_num_threads()
-
-
-def _queue(tensor: torch.Tensor) -> tuple[int, int]:
-    stream = torch.cuda.current_stream(tensor.device)
-    return stream.device_index, stream.cuda_stream

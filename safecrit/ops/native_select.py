@@ -1,4 +1,4 @@
-"""Calls of the compiled select_top and select_random: tensors to pointers, and their result to a Selection."""
+"""Calls of the compiled select_top, rank_counts and select_random: tensors to pointers, results to tensors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from safecrit.ops.select_top import Selection
 
 INFINITY_BITS = 0x7F800000
 
-# Arguments of csrc/select_top.h's SelectTuning in place of its defaults: tests force rare paths with them.
+# Arguments of csrc/select_top.h's SelectTuning and SelectCudaTuning in place of their defaults: tests force rare paths.
 tuning: dict[str, int] = {}
+cuda_tuning: dict[str, int] = {}
 
 
 def select_top_cpu(scores: Sequence[torch.Tensor], k: int, largest: bool) -> Selection:
@@ -36,11 +37,67 @@ def select_top_cpu(scores: Sequence[torch.Tensor], k: int, largest: bool) -> Sel
         **tuning,
     )
     if k > total or not enough:
-        raise ValueError(f"select_top: k is {k}, but only {total - nan} entries are not NaN")
-    if k == 0:
+        raise _too_few(k, total - nan)
+    return _selection(out, counts.tolist(), largest, bits, tied, tied_selected, nan)
+
+
+def select_top_cuda(scores: Sequence[torch.Tensor], k: int, largest: bool) -> Selection:
+    """CUDA kernel of `safecrit.ops.select_top`; reading its result, the numbers of indices among it, waits once.
+
+    A second time only where the sample misled it, or where fewer than k entries are not NaN.
+    """
+    module, _ = native.cuda_module()
+    assert module is not None, "chosen only where it can be imported"
+    flat = [_readable(tensor) for tensor in scores]
+    total = sum(tensor.numel() for tensor in flat)
+    device = flat[0].device
+    wanted = min(k, total)
+    out = torch.empty(wanted, dtype=torch.int64, device=device)
+    result = torch.empty(module.SELECT_RESULTS + len(flat), dtype=torch.int64, device=device)
+    for exact in (False, True):
+        arguments = (
+            [tensor.data_ptr() for tensor in flat],
+            [tensor.numel() for tensor in flat],
+            [native.DTYPE_CODES[tensor.dtype] for tensor in flat],
+            wanted,
+            largest,
+            out.data_ptr(),
+            result.data_ptr(),
+            exact,
+            cuda_tuning.get("room", 0),
+            cuda_tuning.get("place", 0),
+        )
+        scratch = torch.empty(module.select_top_scratch(*arguments), dtype=torch.uint8, device=device)
+        module.select_top(*arguments, scratch.data_ptr(), *native.queue(device))
+        hit, bits, tied, tied_selected, nan, *counts = result.tolist()
+        if k > total - nan:
+            raise _too_few(k, total - nan)
+        if hit:
+            return _selection(out, counts, largest, bits, tied, tied_selected, nan)
+    raise AssertionError("exact histograms find every threshold")
+
+
+def _too_few(k: int, numbers: int) -> ValueError:
+    return ValueError(f"select_top: k is {k}, but only {numbers} entries are not NaN")
+
+
+def _selection(
+    out: torch.Tensor, counts: list[int], largest: bool, bits: int, tied: int, tied_selected: int, nan: int
+) -> Selection:
+    if len(out) == 0:
         bits = INFINITY_BITS if largest else 0
     threshold = float(struct.unpack("<f", struct.pack("<I", bits))[0])
-    return Selection(list(out.split(counts.tolist())), threshold, bits, tied, tied_selected, nan)
+    return Selection(list(out.split(counts)), threshold, bits, tied, tied_selected, nan)
+
+
+def rank_counts_cpu(scores: Sequence[torch.Tensor], largest: bool, low: int, high: int, shift: int) -> torch.Tensor:
+    """C++ kernel of `safecrit.ops.rank_counts`."""
+    module, _ = native.cpu_module()
+    assert module is not None, "chosen only where it can be imported"
+    flat = [_readable(tensor) for tensor in scores]
+    pointers, sizes = [tensor.data_ptr() for tensor in flat], [tensor.numel() for tensor in flat]
+    codes = [native.DTYPE_CODES[tensor.dtype] for tensor in flat]
+    return torch.tensor(module.rank_counts(pointers, sizes, codes, largest, low, high, shift, torch.get_num_threads()))
 
 
 def select_random_cpu(tensors: Sequence[tuple[int, int]], k: int, seed: int) -> list[torch.Tensor]:

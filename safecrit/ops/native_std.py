@@ -29,7 +29,6 @@ def matrix_std_cuda(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     if not parts:
         return torch.empty(0, dtype=torch.float64)
     device = parts[0].device
-    stream = torch.cuda.current_stream(device)
     result = torch.zeros(len(parts), dtype=torch.float64, device=device)
     for position, part in enumerate(parts):
         shape, strides = merged(part)
@@ -43,8 +42,7 @@ def matrix_std_cuda(parts: Sequence[torch.Tensor]) -> torch.Tensor:
             native.DTYPE_CODES[part.dtype],
             scratch.data_ptr(),
             result[position:].data_ptr(),
-            stream.device_index,
-            stream.cuda_stream,
+            *native.queue(device),
         )
     return result.cpu()
 

@@ -47,8 +47,8 @@ def select_top(scores: Sequence[torch.Tensor], k: int, *, largest: bool = True, 
         if tensor.dtype not in SCORE_DTYPES:
             raise ValueError(f"select_top: tensor {position} is {tensor.dtype}, must be float32, bfloat16 or float16")
     devices = {tensor.device for tensor in scores} or {torch.device("cpu")}
-    if len(devices) > 1 and backend == "auto":
-        backend = "reference"  # the one that reads from several devices
+    if not scores or (len(devices) > 1 and backend == "auto"):
+        backend = "reference"  # the one that reads from several devices, or from none
     for device in devices:
         function = choose("select_top", device, backend).function
     return function(scores, k, largest)

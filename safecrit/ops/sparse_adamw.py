@@ -58,11 +58,3 @@ def sparse_adamw_(
     function = choose("sparse_adamw_", weight.device, backend, [weight.dtype]).function
     if indices.numel():
         function(weight, indices, grad_k, master, exp_avg, exp_avg_sq, settings)
-
-
-def check_range(indices: torch.Tensor, numel: int) -> None:
-    """Raise ValueError for indices outside a weight of `numel` entries, unless they are on a GPU."""
-    if indices.device.type == "cpu":
-        low, high = indices.aminmax()
-        if low < 0 or high >= numel:
-            raise ValueError(f"sparse_adamw_: indices leave 0 to {numel - 1}")

@@ -44,7 +44,7 @@ def test_it_loads_no_weights_and_writes_nothing(
 
 def test_on_this_machine_it_estimates_the_time(cli: Cli, bare: World, tmp_path: Path) -> None:
     ran = cli(*score(bare, tmp_path / "out", dry_run=True, device="cpu"))
-    assert ran.code == 0 and "Time: about" in ran.out and not (tmp_path / "out").exists()
+    assert ran.code == 0 and "Time: about" in ran.out and "mask --top 1%" in ran.out and not (tmp_path / "out").exists()
 
 
 def test_a_small_gpu_is_told_with_the_part_that_fills_it(cli: Cli, bare: World, tmp_path: Path) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForCausalLM
 
+from safecrit.maskfile import Mask
 from tests.cli.conftest import Cli, World
+from tests.cli.test_commands import flip
+from tests.cli.test_examples import EXAMPLES
 
 TRAIN = ["--steps", 2, "--limit", 8, "--lr", "1e-3", "--max-length", 128]
 
@@ -43,3 +48,30 @@ def test_stories_model_end_to_end(cli: Cli, world: World, shared: Path, tmp_path
     )  # fmt: skip
     assert judged.code == 0, judged.err
     assert json.loads(judged.out)["models"]["set"]["over_refusal"]["n"] == 6
+
+
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # from TRL
+def test_stories_model_through_trl(cli: Cli, shared: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    model, data = shared / "models" / "stories260K", shared / "data"
+    assert cli("score", model, "--method", "magnitude", "-o", tmp_path / "s").code == 0
+    mask = tmp_path / "m.safetensors"
+    assert cli("mask", tmp_path / "s", "--top", "1%", "-o", mask).code == 0
+    refusals = json.loads((data / "circuit_breakers" / "circuit_breakers_train.json").read_text())[:16]
+    questions = [json.loads(line) for line in (data / "gsm8k" / "train_2000.jsonl").read_text().splitlines()[:16]]
+    texts = {
+        "set": [(row["instruction"], row["output"]) for row in refusals],
+        "spa": [(row["question"], row["answer"]) for row in questions],
+    }
+    for mode, example in (("set", "sft_set"), ("spa", "sft_protect")):
+        rows = [{"prompt": asked[:60], "completion": answer[:60]} for asked, answer in texts[mode]]
+        file, out = tmp_path / f"{mode}.jsonl", tmp_path / mode
+        file.write_text("\n".join(map(json.dumps, rows)))
+        runpy.run_path(str(EXAMPLES / f"{example}.py"))["main"](str(model), str(mask), str(file), str(out))
+        check = ["verify", out, "--base", model, "--mask", mask, "--mode", mode]
+        assert cli(*check).code == 0
+        name, selected = next(iter(Mask.load(mask).indices.items()))
+        free = next(n for n in range(10_000) if n not in set(selected.tolist()))
+        flip(out, name, int(selected[0]) if mode == "spa" else free)
+        failed = cli(*check)
+        assert failed.code == 3 and f"{name}[" in failed.err

@@ -69,6 +69,7 @@ def test_a_large_mean_does_not_cancel(target):
         assert float(ops.matrix_std(weight, backend=target.backend)) == pytest.approx(brute_force(weight), rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 def test_constants_non_finite_and_views(target):
     std = lambda values: float(ops.matrix_std(values, backend=target.backend))  # noqa: E731
     assert std(torch.full((9,), 0.1, device=target.device)) == 0.0
@@ -112,14 +113,14 @@ def test_many_tiles_on_any_number_of_threads(target, dtype):
     weight = (torch.randn(numel + 1, generator=torch.Generator().manual_seed(0)) * 0.02 + 0.01).to(target.device, dtype)
     patterns = [Strided(1, (numel,), (1,)), Strided(0, (999, 100), (1001, 1)), Strided(5, (333, 1000), (3, 1000))]
     results = []
-    for threads in (1, 2, 5):
+    for threads in (1, 2, 5) if target.backend in ("native", "reference") else (1, 2):
         torch.set_num_threads(threads)
         try:
             results.append(ops.matrix_std(weight, patterns, backend=target.backend).tolist())
         finally:
             torch.set_num_threads(before)
     if target.backend != "reference":  # torch's own sums depend on the number of threads, in the last bits
-        assert results[0] == results[1] == results[2]
+        assert all(result == results[0] for result in results)
     assert results[0] == pytest.approx([brute_force(pattern.of(weight)) for pattern in patterns], rel=1e-12)
 
 

@@ -30,6 +30,10 @@ GOOD = {
         "weight": A, "indices": INDICES.data_ptr(), "grad": B, "master": C, "exp_avg": D, "exp_avg_sq": E, "numel": N,
         "k": K, "dtypes": (0, 0), "factors": FACTORS, "threads": 1,
     },
+    "gather": {
+        "out": A, "values": B, "indices": INDICES.data_ptr(), "numel": N, "k": K, "dtype": 0, "wide": True, "add": True,
+        "threads": 1,
+    },
     "masked_adamw": {
         "weight": A, "grad": B, "exp_avg": C, "exp_avg_sq": D, "bits": BITS.data_ptr(), "numel": N,
         "dtypes": (0, 0, 0, 0), "factors": FACTORS, "threads": 1,
@@ -39,7 +43,7 @@ GOOD = {
     "indices_from_bits": {"bits": BITS.data_ptr(), "bytes": 3, "indices": E, "k": 0, "threads": 1},
     "read_memory": {"data": 0, "bytes": 0, "threads": 1},
 }  # fmt: skip
-POINTERS = {"acc", "grad", "weight", "master", "exp_avg", "exp_avg_sq", "indices", "bits"}
+POINTERS = {"acc", "grad", "weight", "master", "exp_avg", "exp_avg_sq", "indices", "bits", "out", "values"}
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +90,10 @@ def cases() -> list[tuple[str, dict]]:
         ("sparse_adamw", {"master": A}),
         ("sparse_adamw", {"exp_avg_sq": D + 4}),
         ("sparse_adamw", {"grad": C}),
+        ("gather", {"numel": N - 2}),
+        ("gather", {"numel": 0}),
+        ("gather", {"k": -1}),
+        ("gather", {"out": B}),
         ("masked_adamw", {"weight": B}),
         ("masked_adamw", {"exp_avg": D}),
         ("masked_adamw", {"bits": A}),

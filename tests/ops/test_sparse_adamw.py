@@ -120,7 +120,7 @@ def test_hostile_values_give_every_kernel_the_same_bits(target, dtype):
 
 @pytest.mark.parametrize("bad", [-1, 4, 1 << 40])
 def test_an_index_out_of_range_changes_nothing(target, bad):
-    if target.device == "cuda":
+    if "cuda" in target:
         pytest.skip("not looked for on a GPU")
     weight, indices = torch.ones(4), torch.tensor([1, bad])
     master, moments = torch.ones(2), state(2, "cpu")

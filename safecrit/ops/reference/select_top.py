@@ -63,6 +63,17 @@ def select_top(scores: Sequence[torch.Tensor], k: int, largest: bool) -> Selecti
     return Selection(indices, _as_float(bits), bits, tied, ties_wanted, nan)
 
 
+def rank_counts(scores: Sequence[torch.Tensor], largest: bool, low: int, high: int, shift: int) -> torch.Tensor:
+    """See `safecrit.ops.rank_counts`; its arguments have been checked there."""
+    bins = ((high - low) >> shift) + 1
+    counts = torch.zeros(bins + 1, dtype=torch.int64)
+    for _, _, rank in _ranks(scores, largest):
+        above = (rank > high) | (rank < 0)
+        bin = torch.where(above, bins, (rank - low) >> shift)[above | (rank >= low)]
+        counts += torch.bincount(bin, minlength=bins + 1).cpu()
+    return counts
+
+
 def _ranks(scores: Sequence[torch.Tensor], largest: bool) -> Iterator[tuple[int, int, torch.Tensor]]:
     """(tensor, first index, rank) of each chunk: int32, the greater the sooner selected, negative for NaN."""
     for position, tensor in enumerate(scores):

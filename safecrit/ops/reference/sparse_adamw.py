@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from safecrit.ops.adamw import AdamWStep
+from safecrit.ops.gather import check_range
 from safecrit.ops.reference.adamw import update
-from safecrit.ops.sparse_adamw import check_range
 
 
 def sparse_adamw(
@@ -19,6 +19,6 @@ def sparse_adamw(
     settings: AdamWStep,
 ) -> None:
     """See `safecrit.ops.sparse_adamw_`; its arguments have been checked there."""
-    check_range(indices, weight.numel())
+    check_range("sparse_adamw_", indices, weight.numel())
     update(master, grad_k.float(), exp_avg, exp_avg_sq, settings)
     weight.view(-1).index_copy_(0, indices, master.to(weight.dtype))

@@ -1,0 +1,165 @@
+"""score, mask and eval by several processes against the same commands by one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from safecrit import scoring
+from safecrit.cli.app import app
+from safecrit.maskfile import Mask
+from safecrit.scorefile import Scores
+from tests.dist import world as worlds
+from tests.dist.launch import run, torchrun
+from tests.dist.world import World
+
+# name: model, whether answers are given, flags of one process and of several, flags of several alone
+CASES: dict[str, tuple[str, bool, list[object], list[object]]] = {
+    "tied": ("tied", True, [], ["--parallel", "shard"]),
+    "moe": ("moe", True, [], ["--parallel", "shard", "--checkpoint-activations", "on"]),
+    "moe-whole": ("moe", True, [], ["--parallel", "replicate"]),
+    "answers": ("dense", False, [], ["--parallel", "shard", "--accumulate-on", "host"]),
+    "answers-whole": ("dense", False, [], []),
+    "snip": ("moe", True, ["--method", "snip"], ["--parallel", "shard"]),
+    "fisher": ("dense", True, ["--method", "fisher", "--stability"], ["--parallel", "replicate"]),
+    "wanda": ("moe", True, ["--method", "wanda"], []),
+    "sampled": ("dense", False, ["--estimator", "score-function", "--samples", 3], []),
+}
+
+
+def alone(command: list[str]) -> None:
+    """A command line in this process."""
+    app(command, standalone_mode=False)
+
+
+def flat(folder: Path) -> torch.Tensor:
+    scores = Scores.load(folder)
+    return torch.cat([scores.tensor(name).flatten() for name in scores.names])
+
+
+def assert_same_scores(one: Path, other: Path, work: Path) -> None:
+    a, b = flat(one), flat(other)
+    assert float((a - b).norm() / a.norm()) <= 1e-5
+    masks = []
+    for number, folder in enumerate((one, other)):
+        alone(["mask", str(folder), "--top", "1%", "-q", "-o", str(work / f"{number}.safetensors"), "--overwrite"])
+        masks.append(Mask.load(work / f"{number}.safetensors"))
+    assert masks[0].iou(masks[1]) >= 0.999
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Models, and in `1/` what one process makes of them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAFECRIT_CACHE", str(folder / "cache"))
+        made = worlds.make(folder)
+        for name, (model, given, flags, _) in CASES.items():
+            alone(made.score(model, folder / "1" / name, "-q", *flags, given=given))
+        alone(["mask", str(folder / "1/tied"), "--top", "2%", "-q", "-o", str(folder / "1/mask.safetensors")])
+        alone(made.evaluate(folder / "1/eval"))
+        yield made
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def together(request: pytest.FixtureRequest, world: World) -> Path:
+    """What several processes make of the same models, in one process group."""
+    ranks, out = request.param, world.folder / str(request.param)
+    commands = [
+        world.score(model, out / name, *flags, *more, given=given) for name, (model, given, flags, more) in CASES.items()
+    ]
+    commands.append(["mask", str(world.folder / "1/tied"), "--top", "2%", "-o", str(out / "mask.safetensors")])
+    commands.append(world.evaluate(out / "eval"))
+    code, _, err = run(torchrun(ranks, "tests.dist.commands", json.dumps(commands)), 240)
+    assert code == 0, err
+    assert f"{ranks} ranks: shard (as asked for)" in err
+    assert f"{ranks} ranks: replicate (model, judge and sums fit every rank whole)" in err
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_are_those_of_one_process(case: str, world: World, together: Path, tmp_path: Path) -> None:
+    one, other = world.folder / "1" / case, together / case
+    assert sorted(file.name for file in one.iterdir()) == sorted(file.name for file in other.iterdir())
+    assert_same_scores(one, other, tmp_path)
+    mine, theirs = (Scores.load(folder).info for folder in (one, other))
+    for key in ("prompts", "batch_plan", "answers", "eligible", "layouts", "unrouted", "warnings"):
+        assert mine[key] == theirs[key], key
+    assert [row["sigma"] for row in mine["matrices"]] == [row["sigma"] for row in theirs["matrices"]]
+
+
+def test_the_mask_of_the_same_scores_is_bit_identical(world: World, together: Path) -> None:
+    assert (together / "mask.safetensors").read_bytes() == (world.folder / "1/mask.safetensors").read_bytes()
+
+
+def test_results_are_identical(world: World, together: Path) -> None:
+    for name in ("results.json", "samples.jsonl"):
+        assert (together / "eval" / name).read_bytes() == (world.folder / "1/eval" / name).read_bytes()
+
+
+HOW = ("replicate", "shard")
+
+
+def killed_command(world: World, out: Path, how: str) -> list[str]:
+    return world.score("dense", out, "--batch-size", 1, "--save-every", 1, "--parallel", how)
+
+
+@pytest.fixture(scope="module")
+def killed(world: World) -> dict[str, Path]:
+    """Runs of two ranks the second of which was killed in the middle, by how they were parallel."""
+    outs = {how: world.folder / f"killed-{how}" for how in HOW}
+    for how, out in outs.items():
+        code, printed, err = run(torchrun(2, "tests.dist.dying", 1, 3, "kill", *killed_command(world, out, how)), 100)
+        assert code == 1 and printed == ""
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and errors[0].startswith("error: rank 1 of 2 (") and "fell silent: killed" in errors[0]
+        assert not list(out.glob(".*.part")) and not (out / "score.json").exists()
+        assert list(out.glob("partial-*"))
+    return outs
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: World) -> Path:
+    out = world.folder / "undisturbed"
+    alone(world.score("dense", out, "--batch-size", 1, "-q"))
+    return out
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_killed_run_goes_on_with_one_process(
+    how: str,
+    killed: dict[str, Path],
+    undisturbed: Path,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, batches, inner = tmp_path / "out", [], scoring.forward_logits
+    shutil.copytree(killed[how], out)
+    monkeypatch.setattr(scoring, "forward_logits", lambda *a: batches.append(1) or inner(*a))
+    alone(killed_command(world, out, how))
+    assert 0 < len(batches) < len(worlds.PROMPTS)
+    assert_same_scores(undisturbed, out, tmp_path)
+    assert not list(out.glob("partial-*"))
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_with_several(
+    ranks: int, killed: dict[str, Path], undisturbed: Path, world: World, tmp_path: Path
+) -> None:
+    commands, outs = [], []
+    for before, after in itertools.product(HOW, HOW):
+        outs.append(tmp_path / f"{before}-{after}")
+        shutil.copytree(killed[before], outs[-1])
+        commands.append(killed_command(world, outs[-1], after))
+    code, _, err = run(torchrun(ranks, "tests.dist.commands", json.dumps(commands)))
+    assert code == 0, err
+    assert err.count("resuming the interrupted run") == len(commands)
+    for out in outs:
+        assert_same_scores(undisturbed, out, tmp_path)
