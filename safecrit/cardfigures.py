@@ -75,24 +75,26 @@ def evaluation_section(results: Mapping[str, Any], name: str, about: str) -> str
     shown = {about: results["models"][name]}
     if baseline is not None and baseline != name:
         shown = {f"baseline `{baseline}`": results["models"][baseline]} | shown
+    labels, judge = _rate_names(results["models"][name]), str(results["judge"].get("id"))
     lines = [f"| figure | {' | '.join(shown)} | of |", f"|---|{'--:|' * len(shown)}---|"]
-    for key, label in _rate_names(results["models"][name]).items():
+    for key, label in labels.items():
         rates = [figures.get(key) for figures in shown.values()]
         counted = dict.fromkeys(f"{rate['n']:,} {rate['denominator']}" for rate in rates if rate)
         lines.append(f"| {label} | {' | '.join(map(_share, rates))} | {' / '.join(counted)} |")
     notes = [
-        f"Judge: `{_short(results['judge'].get('id'))}`; judge failures: "
+        f"Judge: `{_short(judge)}`; judge failures: "
         f"{sum(found['count'] for found in results['models'][name]['judge_failures'].values())}. "
         f"Files: {', '.join(f'`{file}`' for file in settings.get('files', {}).values()) or 'answers made elsewhere'}. "
         f"Answers of at most {settings.get('max_new_tokens')} tokens."
     ]
     notes += [
-        f"{row['figure']} against the baseline: {100 * row['difference']:+.1f} points "
+        f"{labels[row['figure']].capitalize()} against the baseline: {100 * row['difference']:+.1f} points "
         f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}], exact McNemar p = {row['p']:.2g} (n = {row['n']:,})."
         for row in results["paired"]
         if row["model"] == name and row["difference"] is not None
     ]
-    notes += [f"**Warning:** {warning}." for warning in (*results["warnings"], *results["problems"])]
+    found = [*results["warnings"], *results["problems"]]
+    notes += [f"**Warning:** {warning.replace(judge, _short(judge))}." for warning in found]
     heading = f"## Evaluation{'' if about == 'this model' else f' of the {about}'}"
     parts = [heading, "Shares with 95 % Wilson intervals (`safecrit eval`).", "\n".join(lines)]
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)])
@@ -109,9 +111,9 @@ def _share(rate: Mapping[str, Any] | None) -> str:
     return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
-def _short(name: Any) -> str:
+def _short(name: str) -> str:
     """A folder's own name, since a path says more than others should read."""
-    return Path(str(name)).name if Path(str(name)).exists() else str(name)
+    return Path(name).name if Path(name).exists() else name
 
 
 def _model_index(results: Mapping[str, Any], name: str, model: str) -> str:

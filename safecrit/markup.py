@@ -128,7 +128,7 @@ def histogram(bins: Sequence[tuple[float, float, int]], threshold: float | None)
     """Weights by |score| over decades, and where the mask's threshold lies."""
     if not bins:
         return "<p>nothing to show</p>"
-    wide, high, left, foot = 380, 170, 8, 24
+    wide, high, left, foot = 380, 170, 18, 24
     start, stop = math.log10(bins[0][0]), math.log10(bins[-1][1])
     most = max(count for _, _, count in bins)
 

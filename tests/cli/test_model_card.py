@@ -50,7 +50,7 @@ def test_set_carries_the_bases_figures(made: Path) -> None:
 
 
 def test_eval_puts_the_outputs_own_figures_there_once(cli: Cli, world: World, made: Path) -> None:
-    words = [made, "--baseline", world.model, "--card"]
+    words = [made, "--baseline", world.model, "--judge", world.guard, "--card"]
     evaluate(cli, world, made.parent / "one", *words)
     results = evaluate(cli, world, made.parent / "two", *words)
     card = (made / "README.md").read_text()
@@ -59,7 +59,7 @@ def test_eval_puts_the_outputs_own_figures_there_once(cli: Cli, world: World, ma
     for key, label in (("asr", "attack success"), ("over_refusal", "over-refusal"), ("utility", "utility")):
         of = f"{safer[key]['n']} {safer[key]['denominator']}"
         assert f"| {label} | {shown(base[key])} | {shown(safer[key])} | {of} |" in card
-    assert "exact McNemar p =" in card and "Judge: `refusal`" in card
+    assert "exact McNemar p =" in card and "Judge: `guard`" in card
     front = yaml.safe_load(card.split("---\n")[1])
     (entry,) = front["model-index"]
     assert entry["name"] == "safer" and front["library_name"] == "transformers"
@@ -69,7 +69,8 @@ def test_eval_puts_the_outputs_own_figures_there_once(cli: Cli, world: World, ma
     answers = [json.loads(line)["answer"] for line in (made.parent / "two" / "samples.jsonl").read_text().splitlines()]
     texts = [prompt.text for prompt in read_prompts(world.prompts)] + [text for text in answers if len(text) > 8]
     assert not [text for text in texts if text in card], "prompts and answers stay in samples.jsonl"
-    assert str(made.parent) not in card
+    assert "the judge guard was used for scoring too" in card
+    assert str(made.parent) not in card and str(world.folder) not in card
     mask = world.folder / "mask.safetensors"
     assert cli("verify", made, "--base", world.model, "--mask", mask, "--mode", "set").code == 0
 
