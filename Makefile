@@ -1,6 +1,7 @@
 # make demo   the whole method on a toy model, a few minutes on two cores
 # make test   the offline tests          make lint   ruff, formatting, mypy
 # make sanitize  the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make ranks  the slow tests of several processes: 4 ranks, faults, two hosts made of network namespaces
 # make bench  benchmarks of this machine, written to benchmarks/results/
 # make gpu    on a machine with a GPU, its own Python, torch and build tools, without downloads: GPU tests, benchmarks
 # make clean  what the other targets left, .venv included
@@ -12,7 +13,7 @@ BIN := .venv/bin
 STAMP := .venv/.safecrit-installed
 PARTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: install demo test lint sanitize bench gpu clean
+.PHONY: install demo test ranks lint sanitize bench gpu clean
 
 # An editable installation: the Python files of this folder with the compiled modules from .venv. It is redone only
 # where the packaging or the C++ changed.
@@ -29,6 +30,10 @@ demo: $(STAMP)
 # One process a core, one thread each: more threads than cores would wait for one another.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto --maxprocesses=4
+
+# Tests that start processes, one after another: 4 ranks, failing ranks, two network namespaces.
+ranks: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/dist -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ ADVICE = "Run the same command again, on any number of ranks: it resumes."
 class _Watch:
     def __init__(self, rank: int, world: int, store: Any, limit: float) -> None:
         self.rank, self.world, self.store, self.limit = rank, world, store, limit
-        self.steps, self.ended = 0, False
+        self.steps, self.ended = 0, threading.Event()
         self.folders: set[Path] = set()
         self.reached = time.monotonic()  # when the store last answered
         self.verdict: tuple[str, int] | None = None
@@ -65,7 +65,7 @@ class _Watch:
     def _beats(self) -> None:
         next_rank, last, since, number = (self.rank + 1) % self.world, None, time.monotonic(), 0
         with contextlib.suppress(RuntimeError):  # the store is gone: the guard notices
-            while not self.ended:
+            while not self.ended.wait(BEAT_S):
                 number += 1
                 self._beat(number)
                 seen = self.read(f"beat/{next_rank}")
@@ -73,13 +73,12 @@ class _Watch:
                     last, since = seen, time.monotonic()
                 elif time.monotonic() - since > self.limit:
                     self.verdict = (lost(self.name(next_rank)), 1)
-                elif self.store.check(["failed"]):
+                if self.store.check(["failed"]):
                     self.verdict = ("", 1)
                 self.reached = time.monotonic()
-                time.sleep(BEAT_S)
 
     def _guard(self) -> None:
-        while not self.ended:
+        while not self.ended.is_set():
             ready, _, _ = select.select([self.receive], [], [], BEAT_S / 4)
             number = self.receive.recv(1)[0] if ready else 0
             if number == signal.SIGTERM:
@@ -133,7 +132,7 @@ def unwatch() -> None:
     """Say that this rank is done, and its silence means nothing any more."""
     global _watch
     assert _watch is not None
-    _watch.ended = True
+    _watch.ended.set()
     for thread in _watch.threads:
         thread.join()
     _watch.store.set(f"beat/{_watch.rank}", "done")

@@ -206,9 +206,6 @@ class ShardedScorer(Scorer):
             state.values |= values
         return True
 
-    def _agree(self) -> int:
-        raise AssertionError("a sharded run divides rounds, not batches")
-
     def _states(self) -> list[ScoreState]:
         return [self.state]
 

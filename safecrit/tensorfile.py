@@ -103,7 +103,9 @@ class TensorWriter:
         dtype, shape = self._entries[name]
         if rows.dtype != dtype or tuple(rows.shape[1:]) != tuple(shape[1:]) or first + len(rows) > shape[0]:
             raise ValueError(f"{name}: {rows.dtype} {tuple(rows.shape)} is no part of {dtype} {tuple(shape)}")
-        self._file.seek(self._base + self._starts[name] + first * math.prod(shape[1:]) * dtype.itemsize)
+        whole = first == 0 and len(rows) == shape[0]
+        start = self._starts.pop(name) if whole else self._starts[name]
+        self._file.seek(self._base + start + first * math.prod(shape[1:]) * dtype.itemsize)
         self._file.write(bits_of(rows).view(np.uint8).data)
 
     def __enter__(self) -> TensorWriter:

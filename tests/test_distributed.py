@@ -1,132 +1,76 @@
-"""Masks where a model is spread over processes: DistributedDataParallel protects, the rest is refused."""
-
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
+from safecrit import distributed, faults
+from safecrit.api.placing import place
+from safecrit.api.scorejob import ScoreJob, ScoreSettings
+from safecrit.distributed import Ranks
 from safecrit.errors import SafecritError
-from safecrit.protection import protect
-from safecrit.sparse import SparseAdamW
-from tests.architectures import build
-from tests.training_helpers import backward, batch, random_mask, selected
-
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo backend")
+from safecrit.files import atomic, remove_parts
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of one."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Pretend to be one rank of several, where nothing is sent."""
+
+    def pretend(rank: int, world: int) -> None:
+        monkeypatch.setattr(distributed, "_current", Ranks(rank, world, rank, world))
+
+    return pretend
 
 
-def test_sharded_parameters_are_refused(alone: None) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model, mask = build("llama"), random_mask(build("llama"), 0.1)
-    early = SparseAdamW(build("llama"), mask)
-    fully_shard(early._model, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(SafecritError, match="sharded"):
-        early.attach()
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(SafecritError, match="sharded"):
-        protect(model, mask, optimizer)
+def test_one_process_is_the_first_of_one_and_joins_nothing() -> None:
+    assert distributed.start(1) == Ranks(0, 1, 0, 1) and not faults.watching()
+    assert distributed.divided([1, 2, 3], lambda n: n * n, together=True) == [1, 4, 9]
+    assert distributed.gather("x") == ["x"] and distributed.from_first(lambda: 5) == 5
+    assert distributed.owners([3, 0, 9]) == [0, 0, 0]
 
 
-def test_a_wrapped_model_of_one_process_trains(alone: None) -> None:
-    model, mask = build("llama"), random_mask(build("llama"), 0.1)
-    where = selected(model, mask)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    wrapped = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
-    protection = protect(wrapped, mask, optimizer)
-    for step in range(2):
-        backward(wrapped, step)
-        optimizer.step()
-    protection.check()
-    for n, p in model.named_parameters():
-        assert torch.equal(p[where[n]], before[n][where[n]])
-        assert (p != before[n])[~where[n]].any()
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_owners_are_neighbours_of_about_equal_size(world: int, ranks: Callable[[int, int], None]) -> None:
+    ranks(0, world)
+    for sizes in ([1] * 100, [5, 1, 1, 1, 90, 2, 2], [0, 0, 1], [], [7] * world):
+        owners = distributed.owners(sizes)
+        assert owners == sorted(owners) and all(0 <= owner < world for owner in owners)
+        own = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(world)]
+        assert max(own) <= sum(sizes) / world + max(sizes, default=0)
 
 
-def test_several_processes_are_refused_by_set(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("llama")
-    optimizer = SparseAdamW(model, random_mask(model, 0.1))
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    with pytest.raises(SafecritError, match="2 processes"):
-        backward(model, 0)
-    monkeypatch.undo()
-    backward(model, 0)
-    optimizer.step()
+def test_every_piece_is_one_ranks(ranks: Callable[[int, int], None]) -> None:
+    found = []
+    for rank in range(3):
+        ranks(rank, 3)
+        found += distributed.mine(range(10))
+    assert sorted(found) == list(range(10))
 
 
-def test_deepspeed_is_refused() -> None:
-    model = build("llama")
-    inner = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    class DeepSpeedOptimizerWrapper:  # as accelerate names its own
-        optimizer = inner
-
-    with pytest.raises(SafecritError, match="DeepSpeed"):
-        protect(model, random_mask(model, 0.1), DeepSpeedOptimizerWrapper())  # type: ignore[arg-type]
-
-
-def worker(rank: int, size: int, folder: Path) -> None:
-    """Three steps of one of two processes; each sees its own half of the batch."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    model = build("llama")
-    mask = random_mask(model, 0.3)
-    wrapped = DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2, weight_decay=0.1)
-    protection = protect(wrapped, mask, optimizer)
-    for step in range(3):
-        half = {name: value[rank : rank + 1] for name, value in batch(step).items()}
-        wrapped(**half).loss.backward()
-        torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-    protection.check()
-    torch.save(dict(model.named_parameters()), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (ScoreSettings(method="wanda"), "--method wanda needs whole weights"),
+        (ScoreSettings(method="fisher", objective="refusal-nll"), "cannot be told apart"),
+        (ScoreSettings(reduction="abs", objective="refusal-nll"), "cannot be told apart"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_and_by_itself_replicated(
+    settings: ScoreSettings, why: str, ranks: Callable[[int, int], None]
+) -> None:
+    ranks(0, 2)
+    asked = ScoreJob(model="m", prompts="p", device="cpu", scoring=settings, parallel="shard")
+    with pytest.raises(SafecritError, match=f"{why}.*: use --parallel replicate"):
+        place(asked)
+    found = place(ScoreJob(model="m", prompts="p", device="cpu", scoring=settings))
+    assert found.parallel == "replicate" and why in found.parallel_reason
 
 
-@pytest.mark.slow
-def test_two_processes_protect_as_one(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from tests.test_distributed import worker\n"
-    code += "worker(int(sys.argv[1]), 2, pathlib.Path(sys.argv[2]))"
-    root = Path(__file__).resolve().parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    both = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path)], cwd=root, env=environment)
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
-    ranks: list[dict[str, Any]] = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    model = build("llama")
-    mask = random_mask(model, 0.3)
-    where = selected(model, mask)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    protect(model, mask, optimizer)
-    for step in range(3):
-        backward(model, step)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-    for n, p in model.named_parameters():
-        assert torch.equal(ranks[0][n], ranks[1][n]), n
-        assert torch.equal(ranks[0][n][where[n]], before[n][where[n]]), n
-        torch.testing.assert_close(ranks[0][n], p, rtol=1e-4, atol=1e-5)
+def test_a_failed_write_leaves_no_part(tmp_path: Path) -> None:
+    with atomic(tmp_path / "file") as part:
+        part.write_text("half")
+        remove_parts()
+        assert not part.exists()
+        part.write_text("whole")
+    assert (tmp_path / "file").read_text() == "whole"

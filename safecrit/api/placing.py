@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safecrit import distributed
+from safecrit import distributed, faults
 from safecrit.errors import SafecritError
 from safecrit.gradients import Place
 from safecrit.models import pick_device
@@ -92,15 +92,19 @@ def place(job: ScoreJob) -> Placed:
 def _parallel(job: ScoreJob) -> tuple[str | None, str]:
     """Whether each of several ranks has the whole model, and why."""
     ranks = distributed.current()
-    if ranks.world == 1:
+    if ranks.world == 1 and not (faults.watching() and job.parallel == "shard"):
         return None, ""
-    gradient = job.scoring.method not in ("wanda", "magnitude")
-    if job.parallel == "shard" and not gradient:
-        raise SafecritError(f"--method {job.scoring.method} needs whole weights: use --parallel replicate.")
+    whole = ""
+    if job.scoring.method in ("wanda", "magnitude"):
+        whole = f"--method {job.scoring.method} needs whole weights"
+    elif job.scoring.reduction != "signed" or job.scoring.method == "fisher":
+        whole = "gradients of several prompts, which ranks that share a model add up, cannot be told apart"
+    if job.parallel == "shard" and whole:
+        raise SafecritError(f"{whole}: use --parallel replicate.")
+    if whole:
+        return "replicate", whole
     if job.parallel != "auto":
         return job.parallel, "as asked for"
-    if not gradient:
-        return "replicate", f"--method {job.scoring.method} needs whole weights"
     from safecrit.api.survey import survey
 
     found = survey(job)
