@@ -231,8 +231,8 @@ private:
         for (int64_t begin = 0; begin < segment.count; begin += kBlock) {
             const int found = block.fill(source_, segment, begin, range_);
             if (found == 0) continue;
-            const bool moved = mine.positions.reserve(found) | mine.ranks.reserve(found);
-            if (moved || segment.first_piece == mine.pieces.size()) {
+            const bool positions_moved = mine.positions.reserve(found), ranks_moved = mine.ranks.reserve(found);
+            if (positions_moved || ranks_moved || segment.first_piece == mine.pieces.size()) {
                 mine.pieces.push_back({mine.positions.end(), mine.ranks.end(), 0, 0});
             }
             uint32_t* positions = mine.positions.end();

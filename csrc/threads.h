@@ -22,7 +22,7 @@ int parallel_for(int64_t count, int64_t unit, int threads, const Body& body) {
     const int64_t wanted = std::max<int64_t>(1, count * std::max<int64_t>(unit, 1) / kElementsPerThread);
     const int parts = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({threads, wanted, count})));
     std::vector<std::thread> workers;
-    workers.reserve(parts - 1);
+    workers.reserve(static_cast<size_t>(parts - 1));
     for (int part = 0; part < parts; ++part) {
         const int64_t begin = count / parts * part + std::min<int64_t>(part, count % parts);
         const int64_t end = begin + count / parts + (part < count % parts ? 1 : 0);

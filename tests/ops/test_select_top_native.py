@@ -155,6 +155,19 @@ def test_two_values_with_the_threshold_at_the_step(share):
     assert passes([scores], 15_000) <= 2
 
 
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("value", [0.0, 5 * 2.0**-24, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_ties_are_counted_among_16_bits_and_between_them(dtype, value, largest):
+    """Most scores are either `value` or the next float32, which 16 bits do not have."""
+    total = 900_000
+    between = float(np.nextafter(np.float32(value), np.float32(1)))
+    scores = [torch.full((total,), -value).to(dtype), torch.full((total + 1,), between), randn(5000).to(dtype)]
+    scores[2][:7] = torch.nan
+    for k in (total - 9000, total + 1000, 2 * total - 3000):
+        agree(scores, k, largest)
+
+
 @pytest.mark.parametrize(
     "scores", [torch.zeros(1_300_000), torch.arange(1_300_000.0), -torch.arange(1_300_000.0).flip(0)]
 )
