@@ -192,8 +192,12 @@ def fail(error: BaseException, message: str, code: int) -> NoReturn:
                 end(lost(_watch.name(gone[0])), 1)
             if _watch.store.check(["failed"]):
                 end("", 1)
-            if "imed out" in str(error) and (behind := _behind(_watch)) is not None:
-                end(f"{_watch.name(behind)} hangs: it did not reach where the others wait. {ADVICE}", 1)
+            if "imed out" in str(error):
+                if (behind := _behind(_watch)) is not None:
+                    end(f"{_watch.name(behind)} hangs: it did not reach where the others wait. {ADVICE}", 1)
+                message = (
+                    f"waited in vain for the others ({str(error).splitlines()[0]}). Raise --dist-timeout. {ADVICE}"
+                )
     end(f"rank {_watch.rank} of {_watch.world}: {message}" if _watch.world > 1 else message, code)
 
 

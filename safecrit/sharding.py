@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safecrit import distributed, ops
+from safecrit import distributed, faults, ops
 from safecrit.activations import checkpointed, decoder_layers
 from safecrit.anatomy import Anatomy, CheckpointTensor
 from safecrit.errors import SafecritError, is_out_of_memory
@@ -67,6 +67,8 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, wanted: set[str], *, embeddi
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            # Before the collective that FSDP2 begins there: who has not come to it is told from who waits in it.
+            module.register_forward_pre_hook(lambda *_: faults.step(), prepend=True)
 
 
 def sigmas(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, torch.Tensor]:
