@@ -1,9 +1,11 @@
 // The filter on AVX-512, AVX2 and the base instruction set, picked at run time.
 //
-// A first loop, free of branches on the data, compares entries as they are, in 16 bits where they have no more, and
-// notes the vectors in which one is high enough: few, where few are selected. A second loop takes the entries out of
-// these: one by one where a vector has few, else compacted in a register and stored whole. (AVX-512's compacting store
-// is not used: it is microcoded on AMD's processors.)
+// All of them are free of branches on the data: every vector is compacted in a register and stored whole, and only
+// the place where the next one goes depends on what was found. (AVX-512's compacting store is not used: it is
+// microcoded on AMD's processors.)
+//
+// Entries of 16 bits are compared as they are, with the floor translated, and only the vectors in which one is high
+// enough are noted, widened and compacted: few, where few are selected.
 #include "select_filter.h"
 
 #include <algorithm>
@@ -42,18 +44,18 @@ inline uint32_t magnitude_float16(uint32_t bits) {
     return (bits << 13) + (bits < 0x7c00u ? kHalfBias : 2 * kHalfBias);
 }
 
-// The bits of |x| in 16 bits sort like |x| too. An own rank is made of the bits of the entry's own dtype: these where
-// the largest are selected, and kOwnInfinity minus these where the smallest are; NaN are above kOwnInfinity again.
+// The bits of |x| in 16 bits sort like |x| too. A short rank is these bits where the largest are selected, and
+// kShortInfinity minus these bits where the smallest are; NaN are above kShortInfinity again.
 template <Dtype dtype>
-constexpr uint32_t kOwnInfinity = dtype == Dtype::float32 ? kInfinity : dtype == Dtype::bfloat16 ? 0x7f80u : 0x7c00u;
+constexpr uint32_t kShortInfinity = dtype == Dtype::bfloat16 ? 0x7f80u : 0x7c00u;
 
-// The least own bits of |x| that are at least `bits` in float32; kOwnInfinity + 1 above infinity.
+// The least bits of |x| in 16 bits that are at least `bits` in float32; kShortInfinity + 1 above infinity.
 template <Dtype dtype>
-uint32_t own_bits(uint32_t bits) {
-    if (bits > kInfinity) return kOwnInfinity<dtype> + 1;
-    if constexpr (dtype == Dtype::float32) return bits;
+uint32_t shorten(uint32_t bits) {
+    if (bits > kInfinity) return kShortInfinity<dtype> + 1;
     if constexpr (dtype == Dtype::bfloat16) return (bits + 0xffffu) >> 16;
-    constexpr uint32_t kNormal = 113u << 23, kLeast = 103u << 23;  // 2^-14 and 2^-24: float16's least
+    constexpr uint32_t kNormal = 113u << 23;                    // 2^-14
+    constexpr uint32_t kLeast = 103u << 23;                     // 2^-24
     if (bits <= kLeast) return bits > 0 ? 1 : 0;
     if (bits >= kNormal) return std::min((bits - kHalfBias + 0x1fffu) >> 13, 0x7c00u);
     float value;
@@ -61,19 +63,10 @@ uint32_t own_bits(uint32_t bits) {
     return static_cast<uint32_t>(std::ceil(value * 0x1p24f));
 }
 
-// The least own rank whose entry has at least this rank; kOwnInfinity + 1 where only NaN have.
+// The least short rank whose entry has at least this rank; kShortInfinity + 1 where only NaN have.
 template <Dtype dtype>
-uint32_t own_rank(uint32_t rank, bool largest) {
-    return largest ? own_bits<dtype>(rank) : kOwnInfinity<dtype> + 1 - own_bits<dtype>(kInfinity + 1 - rank);
-}
-
-template <Dtype dtype>
-inline uint32_t rank_of(const void* data, int i, bool largest) {
-    uint32_t bits;
-    if constexpr (dtype == Dtype::float32) bits = magnitude32(static_cast<const uint32_t*>(data)[i]);
-    if constexpr (dtype == Dtype::bfloat16) bits = magnitude_bfloat16(static_cast<const uint16_t*>(data)[i]);
-    if constexpr (dtype == Dtype::float16) bits = magnitude_float16(static_cast<const uint16_t*>(data)[i]);
-    return largest ? bits : kInfinity - bits;
+uint32_t short_rank(uint32_t rank, bool largest) {
+    return largest ? shorten<dtype>(rank) : kShortInfinity<dtype> + 1 - shorten<dtype>(kInfinity + 1 - rank);
 }
 
 template <Dtype dtype, bool count_ties>
@@ -81,7 +74,11 @@ int filter_plain(const void* data, int count, bool largest, uint32_t floor, uint
                  int64_t* ties) {
     int found = 0, equal = 0;
     for (int i = 0; i < count; ++i) {
-        const uint32_t rank = rank_of<dtype>(data, i, largest);
+        uint32_t rank;
+        if constexpr (dtype == Dtype::float32) rank = magnitude32(static_cast<const uint32_t*>(data)[i]);
+        if constexpr (dtype == Dtype::bfloat16) rank = magnitude_bfloat16(static_cast<const uint16_t*>(data)[i]);
+        if constexpr (dtype == Dtype::float16) rank = magnitude_float16(static_cast<const uint16_t*>(data)[i]);
+        if (!largest) rank = kInfinity - rank;
         positions[found] = static_cast<uint32_t>(i);
         ranks[found] = rank;
         found += rank >= floor ? 1 : 0;
@@ -102,33 +99,6 @@ constexpr int64_t kAhead = 4096;  // bytes
 template <Dtype dtype>
 inline void prefetch(const void* data, int i) {
     _mm_prefetch(static_cast<const char*>(data) + i * item_size(dtype) + kAhead, _MM_HINT_T0);
-}
-
-constexpr int kFew = 4;  // entries of a vector that are taken one by one
-
-// The vectors of a block in which an entry is high enough: where they begin, and a bit for each entry that is.
-struct Noted {
-    uint32_t masks[kBlock / 8];
-    int starts[kBlock / 8];
-    int vectors = 0;
-
-    void add(uint32_t mask, int start) {
-        masks[vectors] = mask;
-        starts[vectors] = start;
-        vectors += mask != 0 ? 1 : 0;
-    }
-};
-
-// Writes position and rank of the entries from i on that are in `mask`; returns their number.
-template <Dtype dtype>
-inline int keep_each(uint32_t mask, const void* data, int i, bool largest, uint32_t* positions, uint32_t* ranks) {
-    int found = 0;
-    for (; mask != 0; mask &= mask - 1, ++found) {
-        const int place = i + __builtin_ctz(mask);
-        positions[found] = static_cast<uint32_t>(place);
-        ranks[found] = rank_of<dtype>(data, place, largest);
-    }
-    return found;
 }
 
 // Sixteen entries as float32 bits of |x|; of a last vector only the `lanes` that exist are read.
@@ -155,67 +125,72 @@ SAFECRIT_AVX512 inline __m512i magnitude_avx512(const void* data, int i, __mmask
     }
 }
 
-// As keep_each, of sixteen entries.
-template <Dtype dtype>
-SAFECRIT_AVX512 inline int keep_avx512(__mmask16 mask, const void* data, int i, bool largest, uint32_t* positions,
-                                       uint32_t* ranks) {
-    // kInfinity - bits is ~bits + (kInfinity + 1): one form for both directions.
-    const __m512i bits = magnitude_avx512<dtype>(data, i, mask);
-    const __m512i flipped = _mm512_xor_si512(bits, _mm512_set1_epi32(largest ? 0 : -1));
-    const __m512i rank = _mm512_add_epi32(flipped, _mm512_set1_epi32(largest ? 0 : static_cast<int>(kInfinity + 1)));
+// Ranks of sixteen entries: kInfinity - bits is ~bits + (kInfinity + 1), one form for both directions.
+SAFECRIT_AVX512 inline __m512i rank_avx512(__m512i bits, bool largest) {
+    const __m512i rank = _mm512_xor_si512(bits, _mm512_set1_epi32(largest ? 0 : -1));
+    return _mm512_add_epi32(rank, _mm512_set1_epi32(largest ? 0 : static_cast<int>(kInfinity + 1)));
+}
+
+// Writes position and rank of those of the entries from i on that are in `high`; returns their number.
+SAFECRIT_AVX512 inline int keep_avx512(__mmask16 high, int i, __m512i rank, uint32_t* positions, uint32_t* ranks) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i position = _mm512_add_epi32(lane, _mm512_set1_epi32(i));
-    _mm512_storeu_si512(positions, _mm512_maskz_compress_epi32(mask, position));
-    _mm512_storeu_si512(ranks, _mm512_maskz_compress_epi32(mask, rank));
-    return __builtin_popcount(mask);
+    _mm512_storeu_si512(positions, _mm512_maskz_compress_epi32(high, position));
+    _mm512_storeu_si512(ranks, _mm512_maskz_compress_epi32(high, rank));
+    return __builtin_popcount(high);
+}
+
+template <bool count_ties>
+SAFECRIT_AVX512 int filter32_avx512(const void* data, int count, bool largest, uint32_t floor, uint32_t* positions,
+                                    uint32_t* ranks, int64_t* ties) {
+    const __m512i least = _mm512_set1_epi32(static_cast<int>(floor));
+    const __m512i tied = _mm512_set1_epi32(static_cast<int>(floor - 1));
+    int found = 0, equal = 0;
+    for (int i = 0; i < count; i += 16) {
+        const auto lanes = static_cast<__mmask16>(count - i < 16 ? (1 << (count - i)) - 1 : 0xffff);
+        prefetch<Dtype::float32>(data, i);
+        const __m512i rank = rank_avx512(magnitude_avx512<Dtype::float32>(data, i, lanes), largest);
+        const __mmask16 high = _mm512_mask_cmpge_epu32_mask(lanes, rank, least);
+        found += keep_avx512(high, i, rank, positions + found, ranks + found);
+        if constexpr (count_ties) equal += __builtin_popcount(_mm512_mask_cmpeq_epu32_mask(lanes, rank, tied));
+    }
+    *ties += equal;
+    return found;
 }
 
 template <Dtype dtype, bool count_ties>
-SAFECRIT_AVX512 int filter_avx512(const void* data, int count, bool largest, uint32_t floor, uint32_t* positions,
-                                  uint32_t* ranks, int64_t* ties) {
-    constexpr int kLanes = dtype == Dtype::float32 ? 16 : 32;
-    const uint32_t own_floor = own_rank<dtype>(floor, largest), own_tied = own_rank<dtype>(floor - 1, largest);
-    const uint32_t own_flip = largest ? 0 : ~0u, own_offset = largest ? 0 : kOwnInfinity<dtype> + 1;
-    Noted noted;
-    int found = 0, equal = 0;
-    for (int i = 0; i < count; i += kLanes) {
-        const uint32_t lanes = count - i < kLanes ? (1u << (count - i)) - 1 : ~0u;
+SAFECRIT_AVX512 int filter16_avx512(const void* data, int count, bool largest, uint32_t floor, uint32_t* positions,
+                                    uint32_t* ranks, int64_t* ties) {
+    const uint32_t floor16 = short_rank<dtype>(floor, largest);
+    const uint32_t tied16 = count_ties ? short_rank<dtype>(floor - 1, largest) : floor16;
+    const __m512i flip = _mm512_set1_epi16(largest ? 0 : -1);
+    const __m512i offset = _mm512_set1_epi16(static_cast<int16_t>(largest ? 0 : kShortInfinity<dtype> + 1));
+    const __m512i least = _mm512_set1_epi16(static_cast<int16_t>(floor16));
+    const __m512i tied = _mm512_set1_epi16(static_cast<int16_t>(tied16));
+    __mmask32 masks[kBlock / 32];
+    int starts[kBlock / 32];
+    int vectors = 0, found = 0, equal = 0;
+    for (int i = 0; i < count; i += 32) {
+        const auto lanes = static_cast<__mmask32>(count - i < 32 ? (1u << (count - i)) - 1 : ~0u);
         prefetch<dtype>(data, i);
-        if constexpr (dtype == Dtype::float32) {
-            const auto some = static_cast<__mmask16>(lanes);
-            const __m512i flip = _mm512_set1_epi32(static_cast<int>(own_flip));
-            const __m512i offset = _mm512_set1_epi32(static_cast<int>(own_offset));
-            const __m512i rank =
-                _mm512_add_epi32(_mm512_xor_si512(magnitude_avx512<dtype>(data, i, some), flip), offset);
-            const __m512i least = _mm512_set1_epi32(static_cast<int>(own_floor));
-            const __m512i tied = _mm512_set1_epi32(static_cast<int>(own_tied));
-            noted.add(_mm512_mask_cmpge_epu32_mask(some, rank, least), i);
-            if constexpr (count_ties) equal += __builtin_popcount(_mm512_mask_cmpeq_epu32_mask(some, rank, tied));
-        } else {
-            const __m512i entries = _mm512_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(data) + i);
-            const __m512i bits = _mm512_and_si512(entries, _mm512_set1_epi16(0x7fff));
-            const __m512i flip = _mm512_set1_epi16(static_cast<int16_t>(own_flip));
-            const __m512i offset = _mm512_set1_epi16(static_cast<int16_t>(own_offset));
-            const __m512i rank = _mm512_add_epi16(_mm512_xor_si512(bits, flip), offset);
-            const __m512i least = _mm512_set1_epi16(static_cast<int16_t>(own_floor));
-            const __m512i tied = _mm512_set1_epi16(static_cast<int16_t>(own_tied));
-            noted.add(_mm512_mask_cmpge_epu16_mask(lanes, rank, least), i);
-            if constexpr (count_ties) equal += __builtin_popcount(_mm512_mask_cmpeq_epu16_mask(lanes, rank, tied));
+        const __m512i entries = _mm512_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(data) + i);
+        const __m512i bits = _mm512_and_si512(entries, _mm512_set1_epi16(0x7fff));
+        const __m512i rank = _mm512_add_epi16(_mm512_xor_si512(bits, flip), offset);
+        const __mmask32 high = _mm512_mask_cmpge_epu16_mask(lanes, rank, least);
+        masks[vectors] = high;
+        starts[vectors] = i;
+        vectors += high != 0 ? 1 : 0;
+        if constexpr (count_ties) equal += __builtin_popcount(_mm512_mask_cmpeq_epu16_mask(lanes, rank, tied));
+    }
+    for (int v = 0; v < vectors; ++v) {
+        for (int half = 0; half < 32; half += 16) {
+            const auto high = static_cast<__mmask16>(masks[v] >> half);
+            const int i = starts[v] + half;
+            const __m512i rank = rank_avx512(magnitude_avx512<dtype>(data, i, high), largest);
+            found += keep_avx512(high, i, rank, positions + found, ranks + found);
         }
     }
-    for (int v = 0; v < noted.vectors; ++v) {
-        const uint32_t mask = noted.masks[v];
-        const int start = noted.starts[v];
-        if (__builtin_popcount(mask) <= kFew) {
-            found += keep_each<dtype>(mask, data, start, largest, positions + found, ranks + found);
-            continue;
-        }
-        for (int part = 0; part < kLanes; part += 16) {
-            found += keep_avx512<dtype>(static_cast<__mmask16>(mask >> part), data, start + part, largest,
-                                        positions + found, ranks + found);
-        }
-    }
-    *ties += own_tied < own_floor ? equal : 0;  // else no entry has rank floor - 1
+    *ties += tied16 < floor16 ? equal : 0;  // else no entry has rank floor - 1
     return found;
 }
 
@@ -258,76 +233,91 @@ SAFECRIT_AVX2 inline __m256i magnitude_avx2(const void* data, int i) {
     }
 }
 
-// As keep_each, of eight entries.
-template <Dtype dtype>
-SAFECRIT_AVX2 inline int keep_avx2(uint32_t mask, const void* data, int i, bool largest, uint32_t* positions,
-                                   uint32_t* ranks) {
-    const __m256i flipped = _mm256_xor_si256(magnitude_avx2<dtype>(data, i), _mm256_set1_epi32(largest ? 0 : -1));
-    const __m256i rank = _mm256_add_epi32(flipped, _mm256_set1_epi32(largest ? 0 : static_cast<int>(kInfinity + 1)));
-    const __m256i position = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(i));
-    const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kCompaction.lanes[mask]));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(positions), _mm256_permutevar8x32_epi32(position, order));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(ranks), _mm256_permutevar8x32_epi32(rank, order));
-    return __builtin_popcount(mask);
+SAFECRIT_AVX2 inline __m256i rank_avx2(__m256i bits, bool largest) {
+    const __m256i rank = _mm256_xor_si256(bits, _mm256_set1_epi32(largest ? 0 : -1));
+    return _mm256_add_epi32(rank, _mm256_set1_epi32(largest ? 0 : static_cast<int>(kInfinity + 1)));
 }
 
-// One bit for each lane, all ones or zero, of 32 or 16 bits.
-template <Dtype dtype>
-SAFECRIT_AVX2 inline uint32_t mask_avx2(__m256i lanes) {
-    if constexpr (dtype == Dtype::float32) return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes)));
+SAFECRIT_AVX2 inline int keep_avx2(unsigned high, int i, __m256i rank, uint32_t* positions, uint32_t* ranks) {
+    const __m256i position = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(i));
+    const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kCompaction.lanes[high]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(positions), _mm256_permutevar8x32_epi32(position, order));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(ranks), _mm256_permutevar8x32_epi32(rank, order));
+    return __builtin_popcount(high);
+}
+
+// The entries from i on, fewer than a vector.
+template <Dtype dtype, bool count_ties>
+int filter_rest(const void* data, int i, int count, bool largest, uint32_t floor, uint32_t* positions,
+                uint32_t* ranks, int64_t* ties) {
+    const int found = filter_plain<dtype, count_ties>(static_cast<const char*>(data) + i * item_size(dtype), count - i,
+                                                      largest, floor, positions, ranks, ties);
+    for (int j = 0; j < found; ++j) positions[j] += static_cast<uint32_t>(i);
+    return found;
+}
+
+template <bool count_ties>
+SAFECRIT_AVX2 int filter32_avx2(const void* data, int count, bool largest, uint32_t floor, uint32_t* positions,
+                                uint32_t* ranks, int64_t* ties) {
+    constexpr Dtype dtype = Dtype::float32;
+    const __m256i least = _mm256_set1_epi32(static_cast<int>(floor));
+    const __m256i tied = _mm256_set1_epi32(static_cast<int>(floor - 1));
+    int found = 0, equal = 0, i = 0;
+    for (; i + 8 <= count; i += 8) {
+        prefetch<dtype>(data, i);
+        const __m256i rank = rank_avx2(magnitude_avx2<dtype>(data, i), largest);
+        const __m256i high = _mm256_cmpeq_epi32(_mm256_max_epu32(rank, least), rank);  // unsigned >=
+        found += keep_avx2(static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(high))), i, rank,
+                           positions + found, ranks + found);
+        if constexpr (count_ties) {
+            const __m256i same = _mm256_cmpeq_epi32(rank, tied);
+            equal += __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(same))));
+        }
+    }
+    *ties += equal;
+    return found + filter_rest<dtype, count_ties>(data, i, count, largest, floor, positions + found, ranks + found,
+                                                  ties);
+}
+
+// One bit for each of sixteen lanes that are all ones or zero.
+SAFECRIT_AVX2 inline unsigned lanes16_avx2(__m256i lanes) {
     const __m128i low = _mm256_castsi256_si128(lanes), high = _mm256_extracti128_si256(lanes, 1);
-    return static_cast<uint32_t>(_mm_movemask_epi8(_mm_packs_epi16(low, high)));
+    return static_cast<unsigned>(_mm_movemask_epi8(_mm_packs_epi16(low, high)));
 }
 
 template <Dtype dtype, bool count_ties>
-SAFECRIT_AVX2 int filter_avx2(const void* data, int count, bool largest, uint32_t floor, uint32_t* positions,
-                              uint32_t* ranks, int64_t* ties) {
-    constexpr int kLanes = dtype == Dtype::float32 ? 8 : 16;
-    const uint32_t own_floor = own_rank<dtype>(floor, largest), own_tied = own_rank<dtype>(floor - 1, largest);
-    const uint32_t own_flip = largest ? 0 : ~0u, own_offset = largest ? 0 : kOwnInfinity<dtype> + 1;
-    Noted noted;
-    int found = 0, equal = 0, i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
+SAFECRIT_AVX2 int filter16_avx2(const void* data, int count, bool largest, uint32_t floor, uint32_t* positions,
+                                uint32_t* ranks, int64_t* ties) {
+    const uint32_t floor16 = short_rank<dtype>(floor, largest);
+    const uint32_t tied16 = count_ties ? short_rank<dtype>(floor - 1, largest) : floor16;
+    const __m256i flip = _mm256_set1_epi16(largest ? 0 : -1);
+    const __m256i offset = _mm256_set1_epi16(static_cast<int16_t>(largest ? 0 : kShortInfinity<dtype> + 1));
+    const __m256i least = _mm256_set1_epi16(static_cast<int16_t>(floor16));
+    const __m256i tied = _mm256_set1_epi16(static_cast<int16_t>(tied16));
+    unsigned masks[kBlock / 16];
+    int starts[kBlock / 16];
+    int vectors = 0, found = 0, equal = 0, i = 0;
+    for (; i + 16 <= count; i += 16) {
         prefetch<dtype>(data, i);
-        __m256i high, same;
-        if constexpr (dtype == Dtype::float32) {
-            const __m256i flip = _mm256_set1_epi32(static_cast<int>(own_flip));
-            const __m256i offset = _mm256_set1_epi32(static_cast<int>(own_offset));
-            const __m256i rank = _mm256_add_epi32(_mm256_xor_si256(magnitude_avx2<dtype>(data, i), flip), offset);
-            const __m256i least = _mm256_set1_epi32(static_cast<int>(own_floor));
-            high = _mm256_cmpeq_epi32(_mm256_max_epu32(rank, least), rank);  // unsigned >=
-            same = _mm256_cmpeq_epi32(rank, _mm256_set1_epi32(static_cast<int>(own_tied)));
-        } else {
-            const __m256i entries = _mm256_loadu_si256(
-                reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(data) + i));
-            const __m256i bits = _mm256_and_si256(entries, _mm256_set1_epi16(0x7fff));
-            const __m256i flip = _mm256_set1_epi16(static_cast<int16_t>(own_flip));
-            const __m256i offset = _mm256_set1_epi16(static_cast<int16_t>(own_offset));
-            const __m256i rank = _mm256_add_epi16(_mm256_xor_si256(bits, flip), offset);
-            const __m256i least = _mm256_set1_epi16(static_cast<int16_t>(own_floor));
-            high = _mm256_cmpeq_epi16(_mm256_max_epu16(rank, least), rank);
-            same = _mm256_cmpeq_epi16(rank, _mm256_set1_epi16(static_cast<int16_t>(own_tied)));
-        }
-        noted.add(mask_avx2<dtype>(high), i);
-        if constexpr (count_ties) equal += __builtin_popcount(mask_avx2<dtype>(same));
+        const __m256i entries = _mm256_loadu_si256(
+            reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(data) + i));
+        const __m256i bits = _mm256_and_si256(entries, _mm256_set1_epi16(0x7fff));
+        const __m256i rank = _mm256_add_epi16(_mm256_xor_si256(bits, flip), offset);
+        const unsigned high = lanes16_avx2(_mm256_cmpeq_epi16(_mm256_max_epu16(rank, least), rank));
+        masks[vectors] = high;
+        starts[vectors] = i;
+        vectors += high != 0 ? 1 : 0;
+        if constexpr (count_ties) equal += __builtin_popcount(lanes16_avx2(_mm256_cmpeq_epi16(rank, tied)));
     }
-    for (int v = 0; v < noted.vectors; ++v) {
-        const uint32_t mask = noted.masks[v];
-        const int start = noted.starts[v];
-        if (__builtin_popcount(mask) <= kFew) {
-            found += keep_each<dtype>(mask, data, start, largest, positions + found, ranks + found);
-            continue;
-        }
-        for (int part = 0; part < kLanes; part += 8) {
-            found += keep_avx2<dtype>(mask >> part & 0xffu, data, start + part, largest, positions + found,
-                                      ranks + found);
+    for (int v = 0; v < vectors; ++v) {
+        for (int half = 0; half < 16; half += 8) {
+            const __m256i rank = rank_avx2(magnitude_avx2<dtype>(data, starts[v] + half), largest);
+            found += keep_avx2(masks[v] >> half & 0xffu, starts[v] + half, rank, positions + found, ranks + found);
         }
     }
-    *ties += own_tied < own_floor ? equal : 0;
-    const int rest = filter_plain<dtype, count_ties>(static_cast<const char*>(data) + i * item_size(dtype), count - i,
-                                                     largest, floor, positions + found, ranks + found, ties);
-    for (int j = found; j < found + rest; ++j) positions[j] += static_cast<uint32_t>(i);
-    return found + rest;
+    *ties += tied16 < floor16 ? equal : 0;
+    return found + filter_rest<dtype, count_ties>(data, i, count, largest, floor, positions + found, ranks + found,
+                                                  ties);
 }
 
 #endif
@@ -336,8 +326,13 @@ template <Dtype dtype, bool count_ties>
 Filter pick_variant() {
 #if SAFECRIT_X86_VARIANTS
     const std::string_view variant = cpu_variant();
-    if (variant == "avx512") return filter_avx512<dtype, count_ties>;
-    if (variant == "avx2") return filter_avx2<dtype, count_ties>;
+    if constexpr (dtype == Dtype::float32) {
+        if (variant == "avx512") return filter32_avx512<count_ties>;
+        if (variant == "avx2") return filter32_avx2<count_ties>;
+    } else {
+        if (variant == "avx512") return filter16_avx512<dtype, count_ties>;
+        if (variant == "avx2") return filter16_avx2<dtype, count_ties>;
+    }
 #endif
     return filter_plain<dtype, count_ties>;
 }
