@@ -73,7 +73,7 @@ SLOW = [pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.ma
 @pytest.fixture(scope="module", params=[2, *SLOW])
 def together(request: pytest.FixtureRequest, world: World) -> Path:
     """What several processes make of the same models, in one process group."""
-    ranks, out = request.param, world.folder / str(request.param)
+    ranks, out = request.param, world.folder / f"ranks-{request.param}"
     commands = [
         world.score(model, out / name, *flags, *more, given=given) for name, (model, given, flags, more) in CASES.items()
     ]
