@@ -19,6 +19,9 @@ from tests.dist import world as worlds
 from tests.dist.launch import run, torchrun
 from tests.dist.world import World
 
+# On one worker of pytest-xdist (--dist=loadgroup): the fixtures start processes.
+pytestmark = pytest.mark.xdist_group("ranks")
+
 # name: model, whether answers are given, flags of one process and of several, flags of several alone
 CASES: dict[str, tuple[str, bool, list[object], list[object]]] = {
     "tied": ("tied", True, [], ["--parallel", "shard"]),
