@@ -255,9 +255,10 @@ def worker(folder: Path, parallel: str) -> None:
     for name in ("all_gather_single", "reduce_scatter_single") if hasattr(dist, "all_gather_single") else named:
         inner = getattr(dist, name)
 
-        def counted(out: Any, given: Any, *rest: Any, inner: Any = inner, **more: Any) -> Any:
-            fsdp["bytes"] += others(ranks.world) * max(out.nbytes, given.nbytes)
-            return inner(out, given, *rest, **more)
+        def counted(*rest: Any, inner: Any = inner, **more: Any) -> Any:
+            tensors = [value for value in (*rest, *more.values()) if isinstance(value, torch.Tensor)]
+            fsdp["bytes"] += others(ranks.world) * max(tensor.nbytes for tensor in tensors)
+            return inner(*rest, **more)
 
         setattr(dist, name, counted)
     seconds: dict[str, float] = {}

@@ -118,7 +118,9 @@ def shared_folder(beside: Path) -> Iterator[Path]:
             where = beside if _current.world > 1 else None
             return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".safecrit-", dir=where)))
 
-        yield from_first(make)
+        folder = from_first(make)
+        faults.remove_at_end(folder)
+        yield folder
         barrier()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -33,7 +34,8 @@ class _Watch:
     def __init__(self, rank: int, world: int, store: Any, limit: float) -> None:
         self.rank, self.world, self.store, self.limit = rank, world, store, limit
         self.steps, self.ended = 0, threading.Event()
-        self.folders: set[Path] = set()
+        self.folders: set[Path] = set()  # with half-written files in them
+        self.temporary: set[Path] = set()  # folders that go whole
         self.reached = time.monotonic()  # when the store last answered
         self.verdict: tuple[str, int] | None = None
         self.receive, self.send = socket.socketpair()
@@ -148,6 +150,12 @@ def clear_parts_of(folder: Path) -> None:
         _watch.folders.add(folder)
 
 
+def remove_at_end(folder: Path) -> None:
+    """The temporary `folder` is removed when a rank fails."""
+    if _watch is not None:
+        _watch.temporary.add(folder)
+
+
 def step() -> None:
     """Count that this rank enters a collective; who is behind when one times out is the one that hangs."""
     if _watch is not None:
@@ -176,6 +184,8 @@ def end(message: str, code: int) -> NoReturn:
     for folder in _watch.folders:
         for part in folder.glob(f".*{PART}"):
             part.unlink(missing_ok=True)
+    for folder in _watch.temporary:
+        shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(ValueError, OSError):
         sys.stdout.flush()
     os._exit(code)

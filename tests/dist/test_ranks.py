@@ -15,9 +15,13 @@ from safecrit import scoring
 from safecrit.cli.app import app
 from safecrit.maskfile import Mask
 from safecrit.scorefile import Scores
+from tests.dist import poison
 from tests.dist import world as worlds
 from tests.dist.launch import run, torchrun
 from tests.dist.world import World
+
+# On one worker of pytest-xdist (--dist=loadgroup): the fixtures start processes.
+pytestmark = pytest.mark.xdist_group("ranks")
 
 # name: model, whether answers are given, flags of one process and of several, flags of several alone
 CASES: dict[str, tuple[str, bool, list[object], list[object]]] = {
@@ -73,7 +77,7 @@ SLOW = [pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.ma
 @pytest.fixture(scope="module", params=[2, *SLOW])
 def together(request: pytest.FixtureRequest, world: World) -> Path:
     """What several processes make of the same models, in one process group."""
-    ranks, out = request.param, world.folder / str(request.param)
+    ranks, out = request.param, world.folder / f"ranks-{request.param}"
     commands = [
         world.score(model, out / name, *flags, *more, given=given) for name, (model, given, flags, more) in CASES.items()
     ]
@@ -166,3 +170,15 @@ def test_a_killed_run_goes_on_with_several(
     assert err.count("resuming the interrupted run") == len(commands)
     for out in outs:
         assert_same_scores(undisturbed, out, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOW)
+def test_a_poisoned_prompt_is_dropped_alone(how: str, world: World, tmp_path: Path) -> None:
+    poison.poisoned(world.score("dense", tmp_path / "1"))
+    code, _, err = run(torchrun(2, "tests.dist.poison", *world.score("dense", tmp_path / "2", "--parallel", how)))
+    assert code == 0, err
+    one, other = (Scores.load(tmp_path / name).info["prompts"] for name in ("1", "2"))
+    assert one["dropped"] == other["dropped"] == [{"row": poison.ROW, "reason": "weight gradient not finite"}]
+    assert one["used"] == other["used"] == len(worlds.PROMPTS) - 1
+    assert_same_scores(tmp_path / "1", tmp_path / "2", tmp_path)
