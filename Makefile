@@ -29,7 +29,7 @@ demo: $(STAMP)
 
 # One process a core, one thread each: more threads than cores would wait for one another.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto --maxprocesses=4
 
 # Tests that start processes, one after another: 4 ranks, failing ranks, two network namespaces.
 ranks: $(STAMP)

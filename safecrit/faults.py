@@ -101,6 +101,7 @@ class _Watch:
 
 
 _watch: _Watch | None = None
+_ending = threading.Lock()
 
 
 def lost(name: str) -> str:
@@ -170,16 +171,17 @@ def add(name: str, amount: int) -> int:
 def end(message: str, code: int) -> NoReturn:
     """End this process with `code`, and so every other rank; the first to come prints its message."""
     assert _watch is not None
+    _ending.acquire()  # a second thread that comes here waits for the first to end both
     told = bool(message)
     with contextlib.suppress(RuntimeError):  # without a store nobody knows of the others: say it
         told = told and _watch.store.add("claims", 1) == 1
-        if told:
-            _watch.store.set("failed", message)
     if told:
         stream = sys.__stderr__
         assert stream is not None
         stream.write(f"error: {message}\n")
         stream.flush()
+        with contextlib.suppress(RuntimeError):
+            _watch.store.set("failed", message)
     remove_parts()
     for folder in _watch.folders:
         for part in folder.glob(f".*{PART}"):

@@ -20,9 +20,6 @@ from tests.dist import world as worlds
 from tests.dist.launch import run, torchrun
 from tests.dist.world import World
 
-# On one worker of pytest-xdist (--dist=loadgroup): the fixtures start processes.
-pytestmark = pytest.mark.xdist_group("ranks")
-
 # name: model, whether answers are given, flags of one process and of several, flags of several alone
 CASES: dict[str, tuple[str, bool, list[object], list[object]]] = {
     "tied": ("tied", True, [], ["--parallel", "shard"]),
@@ -90,24 +87,21 @@ def together(request: pytest.FixtureRequest, world: World) -> Path:
     return out
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_scores_are_those_of_one_process(case: str, world: World, together: Path, tmp_path: Path) -> None:
-    one, other = world.folder / "1" / case, together / case
+def test_scores_masks_and_results_are_those_of_one_process(world: World, together: Path, tmp_path: Path) -> None:
+    for case in CASES:
+        check_scores(world.folder / "1" / case, together / case, tmp_path)
+    names = ("mask.safetensors", "eval/results.json", "eval/samples.jsonl")
+    for name in names:  # bit-identical, the mask being of the same scores
+        assert (together / name).read_bytes() == (world.folder / "1" / name).read_bytes(), name
+
+
+def check_scores(one: Path, other: Path, tmp_path: Path) -> None:
     assert sorted(file.name for file in one.iterdir()) == sorted(file.name for file in other.iterdir())
     assert_same_scores(one, other, tmp_path)
     mine, theirs = (Scores.load(folder).info for folder in (one, other))
     for key in ("prompts", "batch_plan", "answers", "eligible", "layouts", "unrouted", "warnings"):
         assert mine[key] == theirs[key], key
     assert [row["sigma"] for row in mine["matrices"]] == [row["sigma"] for row in theirs["matrices"]]
-
-
-def test_the_mask_of_the_same_scores_is_bit_identical(world: World, together: Path) -> None:
-    assert (together / "mask.safetensors").read_bytes() == (world.folder / "1/mask.safetensors").read_bytes()
-
-
-def test_results_are_identical(world: World, together: Path) -> None:
-    for name in ("results.json", "samples.jsonl"):
-        assert (together / "eval" / name).read_bytes() == (world.folder / "1/eval" / name).read_bytes()
 
 
 HOW = ("replicate", "shard")
@@ -138,28 +132,30 @@ def undisturbed(world: World) -> Path:
     return out
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_a_killed_run_goes_on_with_one_process(
-    how: str,
-    killed: dict[str, Path],
-    undisturbed: Path,
-    world: World,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_killed_run_goes_on(
+    killed: dict[str, Path], undisturbed: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, batches, inner = tmp_path / "out", [], scoring.forward_logits
-    shutil.copytree(killed[how], out)
+    batches, inner = [], scoring.forward_logits
     monkeypatch.setattr(scoring, "forward_logits", lambda *a: batches.append(1) or inner(*a))
-    alone(killed_command(world, out, how))
-    assert 0 < len(batches) < len(worlds.PROMPTS)
-    assert_same_scores(undisturbed, out, tmp_path)
-    assert not list(out.glob("partial-*"))
+    for how in HOW:
+        out = tmp_path / f"{how}-1"
+        shutil.copytree(killed[how], out)
+        batches.clear()
+        alone(killed_command(world, out, how))
+        assert 0 < len(batches) < len(worlds.PROMPTS)
+        assert_same_scores(undisturbed, out, tmp_path)
+        assert not list(out.glob("partial-*"))
+    check_resumed(2, killed, undisturbed, world, tmp_path)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_killed_run_goes_on_with_several(
-    ranks: int, killed: dict[str, Path], undisturbed: Path, world: World, tmp_path: Path
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_four(
+    killed: dict[str, Path], undisturbed: Path, world: World, tmp_path: Path
 ) -> None:
+    check_resumed(4, killed, undisturbed, world, tmp_path)
+
+
+def check_resumed(ranks: int, killed: dict[str, Path], undisturbed: Path, world: World, tmp_path: Path) -> None:
     commands, outs = [], []
     for before, after in itertools.product(HOW, HOW):
         outs.append(tmp_path / f"{before}-{after}")
