@@ -135,7 +135,8 @@ def lines(found: DryRun) -> list[str]:
         out.append("Time: not known; the rates of a GPU that is not here cannot be measured.")
     else:
         out.append(
-            f"Time: about {duration(found.seconds)} at this machine's measured rates; answers as long as allowed."
+            f"Time: about {duration(found.seconds)} at this machine's measured rates; answers as long as "
+            "allowed. Runs have taken up to twice that."
         )
     if found.mask_seconds is not None:
         spent = duration(max(1.0, found.mask_seconds))
