@@ -11,6 +11,7 @@ Update: decoupled weight decay, Loshchilov and Hutter, arXiv 1711.05101.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,8 @@ class SparseAdamW(torch.optim.Optimizer):
                 "DistributedDataParallel would send every gradient of the model, and SparseAdamW averages those of the "
                 "selected weights itself. Give each process the bare model."
             )
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # set by accelerate as it makes DeepSpeed's plugin
+            raise SafecritError("DeepSpeed (ZeRO) divides gradients that SparseAdamW needs whole. Train without it.")
         self._opening.remove()
         parameters = dict(self._model.named_parameters())
         group = self.param_groups[0]

@@ -176,7 +176,7 @@ def _check_ranks(tensors: Iterable[torch.Tensor]) -> None:
         return
     digest = 0
     for tensor in tensors:
-        digest = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), digest)
+        digest = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data, digest)
     found = distributed.gather(digest)
     if other := [rank for rank, value in enumerate(found) if value != found[0]]:
         raise SafecritError(f"the weights of rank {other[0]} are not those of rank 0 after training. Discard this run.")
