@@ -144,6 +144,24 @@ def sum_(tensor: torch.Tensor, purpose: str = "") -> torch.Tensor:
     return tensor
 
 
+def processes() -> int:
+    """Processes of the process group, whoever made it (a script's own `accelerate launch` too); 1 without one."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_(tensor: torch.Tensor, purpose: str = "") -> torch.Tensor:
+    """Average `tensor` (contiguous) over `processes()`, in place, and return it."""
+    if (world := processes()) > 1:
+        import torch.distributed as dist
+
+        _count(purpose, 2 * (world - 1) / world * tensor.nbytes)
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        tensor /= world
+    return tensor
+
+
 def sum_to(tensor: torch.Tensor, owner: int, purpose: str = "") -> None:
     """Sum `tensor` (contiguous) over the ranks into the one of rank `owner`; that of the others is undefined then."""
     if _current.world > 1:

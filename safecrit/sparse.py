@@ -4,19 +4,23 @@ Hooks take each gradient the moment autograd has it, keep its k entries in float
 free the dense tensor. Accumulation over micro-batches, clipping and the gradient's
 clearing happen here too, because a training loop that sees no gradients can do none of
 them (transformers' Trainer calls `model.zero_grad()`, clips nothing and logs norm 0).
+Several processes, each with the whole model, average these k entries in `step()`.
 Update: decoupled weight decay, Loshchilov and Hutter, arXiv 1711.05101.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from safecrit import distributed
 from safecrit.anatomy import read_anatomy
 from safecrit.errors import MismatchError, SafecritError
 from safecrit.placement import check_parameter, place, refuse_adapters, runtime_indices, unwrap
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
     from safecrit.maskfile import Mask
     from safecrit.ops.dispatch import Backend
 
+PURPOSE = "gradients"
+
 
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW restricted to the weights that `mask` selects; all others stay as they are, bit for bit.
@@ -36,7 +42,8 @@ class SparseAdamW(torch.optim.Optimizer):
     spends nothing on their gradients; `close()` gives it back. Hooks attach at the
     model's first forward (or by `attach()`), after `accelerate.prepare` has done what
     it does. `max_grad_norm` bounds the norm of the selected entries' gradient, None
-    does not; `grad_norm` is the last step's norm before that.
+    does not; `grad_norm` is the last step's norm before that. Of several processes each
+    gives it the bare model, with no DistributedDataParallel around it.
 
     Raises MismatchError where the mask is of another model, SafecritError for float16
     parameters and for a step through a gradient scaler (it needs dense gradients), and
@@ -95,12 +102,13 @@ class SparseAdamW(torch.optim.Optimizer):
         """Set the gradient hooks on the parameters that the model has now; again, it does nothing."""
         if self._hooks:
             return
-        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if spread and (processes := torch.distributed.get_world_size()) > 1:
+        if distributed.processes() > 1 and getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
             raise SafecritError(
-                f"SparseAdamW keeps each process's own gradients and does not add them up over {processes} processes. "
-                "Train in one process."
+                "DistributedDataParallel would send every gradient of the model, and SparseAdamW averages those of the "
+                "selected weights itself. Give each process the bare model."
             )
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # set by accelerate as it makes DeepSpeed's plugin
+            raise SafecritError("DeepSpeed (ZeRO) divides gradients that SparseAdamW needs whole. Train without it.")
         self._opening.remove()
         parameters = dict(self._model.named_parameters())
         group = self.param_groups[0]
@@ -134,6 +142,24 @@ class SparseAdamW(torch.optim.Optimizer):
         ops.gather_(buffer, gradient, indices, add=before is not None, backend=self._backend)
         self._buffers[i] = buffer
 
+    def _average(self) -> None:
+        """Average the gathered gradients over the processes; one that a process lacks counts as zeros there."""
+        if distributed.processes() == 1:
+            return
+        device = self._indices[0].device
+        sizes = [len(indices) for indices in self._indices]
+        flat = torch.zeros(sum(sizes) + len(sizes), device=device)  # at the end: which buffers there are
+        *parts, there = flat.split([*sizes, len(sizes)])
+        for i, buffer in enumerate(self._buffers):
+            if buffer is not None:
+                parts[i].copy_(buffer)
+                there[i] = 1
+        distributed.mean_(flat, PURPOSE)
+        self._buffers = [
+            part.to(indices.device) if found else None
+            for part, indices, found in zip(parts, self._indices, there.tolist(), strict=True)
+        ]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients gathered since the last step."""
         self._buffers = [None] * len(self._buffers)
@@ -155,6 +181,7 @@ class SparseAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._average()
         gathered = [(i, buffer) for i, buffer in enumerate(self._buffers) if buffer is not None]
         if not gathered:
             raise SafecritError(

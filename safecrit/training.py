@@ -11,6 +11,7 @@ float32). What is written has the checkpoint's dtypes.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safecrit import distributed
 from safecrit.anatomy import Anatomy, read_anatomy
 from safecrit.errors import SafecritError
 from safecrit.files import StoredTensor, checkpoint_tensors
@@ -113,9 +115,15 @@ def run_set(
         changes = optimizer.changes(mask, {name: DTYPES[tensor.dtype] for name, tensor in stored.items()})
     finally:
         optimizer.close()
-    movement, maps = Movement(), MappedFiles()
-    for name, (indices, values) in changes.items():
-        movement.add(anatomy.tensors[name].layout, maps.tensor(stored[name]), values, only=indices)
+    _check_ranks(values for _, values in changes.values())
+
+    def moved() -> Movement:
+        movement, maps = Movement(), MappedFiles()
+        for name, (indices, values) in changes.items():
+            movement.add(anatomy.tensors[name].layout, maps.tensor(stored[name]), values, only=indices)
+        return movement
+
+    movement = distributed.from_first(moved)
     return _result("set", settings, mask.count, anatomy, record, data, parents, movement, changes)
 
 
@@ -140,12 +148,18 @@ def run_spa(
     loaded.model.float()
     data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
     record = train(loaded, data, settings, progress, checkpoints, callback=ProtectCallback(mask))
-    movement = Movement()
     parameters = dict(loaded.model.named_parameters())
-    for name, tensor in anatomy.tensors.items():
-        base = maps.tensor(stored[name])
-        new = tensor.source.of(parameters[tensor.parameter].detach()).to("cpu", base.dtype).contiguous()
-        movement.add(tensor.layout, base, new, frozen=mask.indices.get(name))
+    _check_ranks(parameter.detach() for parameter in parameters.values())
+
+    def moved() -> Movement:
+        movement = Movement()
+        for name, tensor in anatomy.tensors.items():
+            base = maps.tensor(stored[name])
+            new = tensor.source.of(parameters[tensor.parameter].detach()).to("cpu", base.dtype).contiguous()
+            movement.add(tensor.layout, base, new, frozen=mask.indices.get(name))
+        return movement
+
+    movement = distributed.from_first(moved)
     return _result("spa", settings, anatomy.total - mask.count, anatomy, record, data, parents, movement, None)
 
 
@@ -154,6 +168,18 @@ def _check(loaded: LoadedModel, mask: Mask, allow_other_weights: bool) -> tuple[
     parents = list(accepted_fingerprints(loaded.folder))
     mask.check(anatomy, fingerprints=parents, allow_other_weights=allow_other_weights)
     return anatomy, parents
+
+
+def _check_ranks(tensors: Iterable[torch.Tensor]) -> None:
+    """SafecritError where the ranks' copies of the trained weights are not bit-identical."""
+    if distributed.current().world == 1:
+        return
+    digest = 0
+    for tensor in tensors:
+        digest = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data, digest)
+    found = distributed.gather(digest)
+    if other := [rank for rank, value in enumerate(found) if value != found[0]]:
+        raise SafecritError(f"the weights of rank {other[0]} are not those of rank 0 after training. Discard this run.")
 
 
 def _stored(loaded: LoadedModel, names: Iterable[str]) -> dict[str, StoredTensor]:
@@ -175,7 +201,7 @@ def training_data(
     share: float,
     settings: TrainSettings,
 ) -> Mixture:
-    """The examples of a whole run in their order; SafecritError where there are none."""
+    """The examples of a whole run in their order, over all processes; SafecritError where there are none."""
     if not examples:
         raise SafecritError("there are no training examples.")
     window = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
@@ -184,7 +210,7 @@ def training_data(
         examples,
         retain,
         retain_share=share,
-        count=settings.examples,
+        count=settings.examples * distributed.processes(),
         max_length=min(settings.max_length, window or settings.max_length),
         seed=settings.seed,
     )

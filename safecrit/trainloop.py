@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
+from safecrit import distributed
 from safecrit.errors import SafecritError
 from safecrit.masked import MaskedAdamW
 from safecrit.mixture import Mixture, collate
@@ -60,7 +61,7 @@ class TrainSettings:
 
     @property
     def examples(self) -> int:
-        """Examples of a whole run, repeats included."""
+        """Examples that each process sees in a whole run, repeats included."""
         return self.max_steps * self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
@@ -68,7 +69,7 @@ class TrainSettings:
 class TrainRecord:
     """Figures of a run: loss and gradient norm (before clipping) of every step, those before a resumption included.
 
-    `tokens` and `seconds` are of this process; `peak_memory` in bytes.
+    `tokens` and `seconds` are of this call, the tokens of all ranks; `peak_memory` in bytes, of the largest rank.
     """
 
     losses: list[float]
@@ -207,14 +208,17 @@ def train(
             callbacks=[_Report(progress)] if callback is None else [callback, _Report(progress)],
         )
         trainer.sparse = optimizer
+        if optimizer is not None:  # it averages its gradients itself; evaluation mode is to leave DDP away
+            trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
         trainer.remove_callback(PrinterCallback)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
         start = time.perf_counter()
+        last = distributed.from_first(lambda: _last_checkpoint(folder)) if saving else None
         try:
-            trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if saving else None)
+            trainer.train(resume_from_checkpoint=last)
         finally:
             logging.set_verbosity(verbosity)
             loaded.model.eval()
@@ -222,9 +226,9 @@ def train(
     return TrainRecord(
         losses=[float(entry["loss"]) for entry in steps],
         grad_norms=[float(entry["grad_norm"]) for entry in steps],
-        tokens=trainer.tokens,
+        tokens=sum(distributed.gather(trainer.tokens)),
         seconds=time.perf_counter() - start,
-        peak_memory=_peak_memory(device),
+        peak_memory=distributed.most(_peak_memory(device)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Masks where a model is spread over processes: DistributedDataParallel protects, the rest is refused."""
+"""Masks where a model is spread over processes: what is sent, what is protected, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from safecrit import distributed
 from safecrit.errors import SafecritError
 from safecrit.protection import protect
-from safecrit.sparse import SparseAdamW
+from safecrit.sparse import PURPOSE, SparseAdamW
 from tests.architectures import build
 from tests.training_helpers import backward, batch, random_mask, selected
 
@@ -62,19 +63,36 @@ def test_a_wrapped_model_of_one_process_trains(alone: None) -> None:
         assert (p != before[n])[~where[n]].any()
 
 
-def test_several_processes_are_refused_by_set(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_refuses_a_wrapped_model_on_several_processes(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
-    optimizer = SparseAdamW(model, random_mask(model, 0.1))
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    with pytest.raises(SafecritError, match="2 processes"):
-        backward(model, 0)
-    monkeypatch.undo()
+    SparseAdamW(model, random_mask(model, 0.1))
+    wrapped = DistributedDataParallel(model)
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    with pytest.raises(SafecritError, match="DistributedDataParallel would send every gradient"):
+        backward(wrapped, 0)
+
+
+def test_a_step_of_set_sends_the_gradients_of_the_selected_weights(
+    alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama")
+    optimizer, sent, ranks = SparseAdamW(model, random_mask(model, 0.1)), [], 4
+    monkeypatch.setattr(distributed, "processes", lambda: ranks)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, op: sent.append(tensor.nbytes))
+    before = distributed.sent_bytes().get(PURPOSE, 0)
     backward(model, 0)
+    assert not sent
     optimizer.step()
+    ring = 2 * (ranks - 1) / ranks
+    assert len(sent) == 1 and distributed.sent_bytes()[PURPOSE] - before == round(ring * sent[0])
+    assert ring * 4 * optimizer.trained <= ring * sent[0] <= 1.1 * ring * 4 * optimizer.trained
 
 
-def test_deepspeed_is_refused() -> None:
+def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(SafecritError, match="DeepSpeed"):
+        SparseAdamW(model, random_mask(model, 0.1)).attach()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
 
     class DeepSpeedOptimizerWrapper:  # as accelerate names its own

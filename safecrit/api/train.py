@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from safecrit import distributed
 from safecrit.adapter import merge_adapter, peft_module
 from safecrit.cardfigures import add_evaluation, evaluated, read_results
 from safecrit.delta import Delta, apply_delta
-from safecrit.files import checkpoint_tensors
+from safecrit.errors import SafecritError
+from safecrit.files import checkpoint_tensors, write_json
 from safecrit.fingerprint import accepted_fingerprints
 from safecrit.lora import LoraSettings, merged_result, train_adapter
 from safecrit.maskfile import Mask
@@ -30,7 +33,7 @@ class TrainJob:
     """All that `set` and `spa` need to know. `save`: for set, what is written: model, delta or both.
 
     With `lora`, spa trains an adapter and merges it under the mask. `results`: an
-    evaluation of the base, a folder, for the model card.
+    evaluation of the base, a folder, for the model card. `parallel`: of several ranks; auto is replicate.
     """
 
     mode: Literal["set", "spa"]
@@ -49,6 +52,7 @@ class TrainJob:
     settings: TrainSettings = TrainSettings()
     lora: LoraSettings | None = None
     results: Path | None = None
+    parallel: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +84,20 @@ def read_data(job: TrainJob) -> tuple[TrainData, TrainData | None]:
 
 
 def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter) -> TrainOutcome:
-    """Train, write `folder`, and verify the files written against the base."""
+    """Train, write `folder`, and verify the files written against the base; of several ranks the first does that.
+
+    SafecritError where several ranks are to train an adapter or to divide the model.
+    """
+    if distributed.current().world > 1 and job.lora is not None:
+        raise SafecritError("--use-peft trains in one process: start it without torchrun.")
+    if job.parallel == "shard":
+        raise SafecritError(f"--parallel shard: `{job.mode}` keeps the whole model on every rank. Use replicate.")
     mask = Mask.load(job.mask)
     if job.lora is not None:
         outcome = _run_lora(job, job.lora, mask, folder, report)
     else:
         outcome = _run(job, mask, folder, report)
-    if job.results is not None:
+    if job.results is not None and distributed.current().first:
         results = read_results(job.results)
         base = accepted_fingerprints(resolve_folder(job.model, revision=job.revision))[0]
         add_evaluation(folder / "README.md", results, evaluated(results, base, job.results), "base model")
@@ -103,6 +114,8 @@ def _run(job: TrainJob, mask: Mask, folder: Path, report: Reporter) -> TrainOutc
         trust_remote_code=job.trust_remote_code,
     )
     run = run_set if job.mode == "set" else run_spa
+    checkpoints = folder / "safecrit" / "checkpoints"
+    settings = _same_global_batch(job.settings, checkpoints / "batch.json") if job.settings.save_steps else job.settings
     with report("training", "steps") as progress:
         result = run(
             loaded,
@@ -110,18 +123,43 @@ def _run(job: TrainJob, mask: Mask, folder: Path, report: Reporter) -> TrainOutc
             data.examples,
             retain.examples if retain else None,
             job.retain_share,
-            job.settings,
+            settings,
             lambda step, total, loss: progress(step, total, f"loss {loss:.3f}"),
-            checkpoints=folder / "safecrit" / "checkpoints",
+            checkpoints=checkpoints,
             allow_other_weights=job.allow_other_weights,
         )
-    if job.mode == "spa":
-        write_spa_output(loaded, mask, folder, result, overwrite=True)
-        verified = verify(folder, loaded.folder, mask, "spa")
-    else:
+
+    def write() -> VerifyReport:
+        if job.mode == "spa":
+            write_spa_output(loaded, mask, folder, result, overwrite=True)
+            return verify(folder, loaded.folder, mask, "spa")
         write_set_output(loaded, mask, folder, result, job.save, overwrite=True)
-        verified = _verify_set(job, folder, loaded.folder, mask)
-    return TrainOutcome(result=result, verified=verified, skipped=data.empty)
+        return _verify_set(job, folder, loaded.folder, mask)
+
+    return TrainOutcome(result=result, verified=distributed.from_first(write), skipped=data.empty)
+
+
+def _same_global_batch(settings: TrainSettings, file: Path) -> TrainSettings:
+    """`settings`, or with another accumulation where an interrupted run was of another number of ranks.
+
+    `file` keeps the run's examples a step, so that a resumed run takes the steps that it would have taken.
+    """
+    world, size = distributed.current().world, settings.per_device_train_batch_size
+    one_batch = world * size
+
+    def known() -> int:
+        if file.is_file():
+            return int(json.loads(file.read_text(encoding="utf-8"))["examples_a_step"])
+        write_json(file, {"examples_a_step": one_batch * settings.gradient_accumulation_steps})
+        return one_batch * settings.gradient_accumulation_steps
+
+    wanted = distributed.from_first(known)
+    if wanted % one_batch:
+        raise SafecritError(
+            f"{file.parent}: the interrupted run took {wanted} examples a step, which {world} ranks with {size} at "
+            "once cannot divide. Resume it on another number of ranks."
+        )
+    return replace(settings, gradient_accumulation_steps=wanted // one_batch)
 
 
 def _run_lora(job: TrainJob, lora: LoraSettings, mask: Mask, folder: Path, report: Reporter) -> TrainOutcome:

@@ -34,6 +34,12 @@ Results = Annotated[
     Path | None,
     typer.Option("--results", metavar="DIR", help="An output of eval on MODEL: its figures go into the model card."),
 ]
+Parallel = Annotated[
+    Literal["auto", "replicate", "shard"],
+    typer.Option(
+        "--parallel", help="Under torchrun: replicate, the model whole on every rank; shard is not supported."
+    ),
+]
 Save = Annotated[Literal["model", "delta", "both"], typer.Option("--save", help="What to write.")]
 
 
@@ -72,6 +78,8 @@ def set_(
     allow_other_weights: o.AllowOtherWeights = False,
     overwrite: o.Overwrite = False,
     config: o.Config = None,
+    parallel: Parallel = "auto",
+    dist_timeout: o.DistTimeout = o.DIST_TIMEOUT_S,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -137,6 +145,8 @@ def spa(
     allow_other_weights: o.AllowOtherWeights = False,
     overwrite: o.Overwrite = False,
     config: o.Config = None,
+    parallel: Parallel = "auto",
+    dist_timeout: o.DistTimeout = o.DIST_TIMEOUT_S,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -160,6 +170,7 @@ def _run(
 ) -> None:
     from dataclasses import fields
 
+    from safecrit import distributed
     from safecrit.api.train import TrainJob, check_inputs, headline, run_training
     from safecrit.errors import CheckFailed
     from safecrit.hub import push
@@ -170,13 +181,14 @@ def _run(
     lora = _lora(settings)
     names = {field.name for field in fields(TrainSettings)}
     training = TrainSettings(**{key: value for key, value in settings.items() if key in names})
-    own = {field.name for field in fields(TrainJob)} - {"mode", "settings", "mask", "lora", "results"}
+    own = {field.name for field in fields(TrainJob)} - {"mode", "settings", "mask", "lora", "results", "parallel"}
     job = TrainJob(
         mode=mode,
         settings=training,
         mask=Path(settings["mask"]),
         lora=lora,
         results=Path(settings["results"]) if settings["results"] is not None else None,
+        parallel=context.params["parallel"],
         **{key: value for key, value in settings.items() if key in own},
     )
     path = output or default_output(mode, job.model)
@@ -190,11 +202,21 @@ def _run(
             sink.line(line)
         sink.result(asdict(found))
         return
-    mask = check_inputs(job)
-    folder = open_output(path, mode, settings, overwrite=overwrite, inside="safecrit")
+    distributed.start(context.params["dist_timeout"])
+
+    def checked() -> str:
+        mask = check_inputs(job)
+        return headline(mask, mode) if lora is None else lora_headline(lora)
+
+    training_line = distributed.from_first(checked)
+    folder = distributed.from_first(lambda: open_output(path, mode, settings, overwrite=overwrite, inside="safecrit"))
+    for place in (folder.path, folder.path / "safecrit"):
+        distributed.writes_in(place)
     if folder.resumed:
         sink.note(f"resuming the interrupted run in {folder.path}")
-    sink.line(headline(mask, mode) if lora is None else lora_headline(lora))
+    sink.line(training_line)
+    if (ranks := distributed.current().world) > 1:
+        sink.note(f"{ranks} ranks: replicate (every rank has the whole model)")
     outcome = run_training(job, folder.path, sink.progress)
     result, report = outcome.result, outcome.verified
     if outcome.skipped:
@@ -218,10 +240,11 @@ def _run(
     )
     if not report.ok:
         raise CheckFailed(report.message())
-    folder.finish()
+    if distributed.current().first:
+        folder.finish()
     sink.line(report.message())
     sink.line(f"Output: {folder.path}")
-    if context.params["push_to_hub"]:
+    if distributed.current().first and context.params["push_to_hub"]:
         sink.line(f"Uploaded: {push(folder.path, context.params['push_to_hub'], public=context.params['public'])}")
 
 

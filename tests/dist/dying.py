@@ -1,4 +1,4 @@
-"""Run by torchrun: a command line of safecrit, on a rank of which something goes wrong at a certain batch of `score`."""
+"""Run by torchrun: a command line of safecrit, on a rank of which something goes wrong at a certain batch of `score` or `set`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ def disturbed(*arguments: Any) -> Any:
 if __name__ == "__main__":
     rank, at, how, *command = sys.argv[1:]
     if os.environ["RANK"] == rank:
-        scoring.forward_logits = disturbed
+        if command[0] == "set":
+            from safecrit.trainloop import _Trainer
+
+            inner, _Trainer.training_step = _Trainer.training_step, lambda *a: disturbed(*a)
+        else:
+            scoring.forward_logits = disturbed
     sys.argv = ["safecrit", *command]
     main()
