@@ -3,23 +3,11 @@
 // Hashes are uniform, so the range in which the k-th lies follows from k alone.
 #include <cmath>
 #include <string>
-#include <string_view>
 
 #include "pages.h"
 #include "select_scan.h"
 #include "select_top.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SAFECRIT_X86_VARIANTS 1
-#else
-#define SAFECRIT_X86_VARIANTS 0
-#endif
-
-#if defined(__GNUC__)
-#define SAFECRIT_INLINE inline __attribute__((always_inline))
-#else
-#define SAFECRIT_INLINE inline
-#endif
+#include "simd.h"
 
 namespace safecrit {
 namespace {
@@ -43,28 +31,20 @@ using Fill = void (*)(uint64_t, uint64_t, int, uint64_t*);
 void fill_plain(uint64_t key, uint64_t first, int count, uint64_t* ranks) { fill(key, first, count, ranks); }
 
 #if SAFECRIT_X86_VARIANTS
-__attribute__((target("avx2"))) void fill_avx2(uint64_t key, uint64_t first, int count, uint64_t* ranks) {
+SAFECRIT_AVX2 void fill_avx2(uint64_t key, uint64_t first, int count, uint64_t* ranks) {
     fill(key, first, count, ranks);
 }
 
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) void fill_avx512(uint64_t key, uint64_t first, int count,
-                                                                             uint64_t* ranks) {
+SAFECRIT_AVX512 void fill_avx512(uint64_t key, uint64_t first, int count, uint64_t* ranks) {
     fill(key, first, count, ranks);
 }
+#else
+constexpr auto fill_avx2 = fill_plain, fill_avx512 = fill_plain;
 #endif
-
-Fill pick() {
-#if SAFECRIT_X86_VARIANTS
-    const std::string_view variant = cpu_variant();
-    if (variant == "avx512") return fill_avx512;
-    if (variant == "avx2") return fill_avx2;
-#endif
-    return fill_plain;
-}
 
 struct Hashes {
     std::vector<uint64_t> keys;  // of the tensors
-    Fill fill = pick();
+    Fill fill = pick_variant<Fill>(fill_plain, fill_avx2, fill_avx512);
     static constexpr uint64_t greatest = ~uint64_t{0};
 
     int filter(const Segment& segment, int64_t begin, int count, const Range<uint64_t>& range, uint32_t* positions,

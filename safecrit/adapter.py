@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from safecrit.anatomy import read_anatomy
 from safecrit.errors import SafecritError
 from safecrit.files import checkpoint_tensors
-from safecrit.fingerprint import Changes, accepted_fingerprints
+from safecrit.fingerprint import Changes
 from safecrit.models import LoadedModel
 from safecrit.movement import NEGLIGIBLE, Moved, Movement
 from safecrit.tensorfile import MappedFiles, bits_of
+from safecrit.training import check_mask, stored_tensors
 from safecrit.training_output import ModelWeights
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ def merge_adapter(loaded: LoadedModel, adapter: str | Path, mask: Mask, *, allow
     """
     adapter = Path(adapter)
     described = read_adapter(adapter)
-    anatomy = read_anatomy(loaded.model)
-    parents = list(accepted_fingerprints(loaded.folder))
-    mask.check(anatomy, fingerprints=parents, allow_other_weights=allow_other_weights)
+    anatomy, parents = check_mask(loaded, mask, allow_other_weights)
     shapes = {name: parameter.shape for name, parameter in loaded.model.named_parameters()}
     model = _merge(loaded, adapter)
     if {name: parameter.shape for name, parameter in model.named_parameters()} != shapes:
@@ -71,12 +69,10 @@ def merge_adapter(loaded: LoadedModel, adapter: str | Path, mask: Mask, *, allow
             f"{adapter}: changes which weights the model has (it unties, resizes or repeats some), so no checkpoint of "
             f"{loaded.id} can hold the result. Train the adapter without that."
         )
-    stored, maps = checkpoint_tensors(loaded.folder), MappedFiles()
+    stored, maps = stored_tensors(loaded, anatomy.tensors), MappedFiles()
     movement, touched, held = Movement(), set[str](), 0
     parameters = dict(model.named_parameters())
     for name, tensor in anatomy.tensors.items():
-        if name not in stored:
-            raise SafecritError(f"{loaded.folder}: has no tensor {name!r}. Save the model once with transformers.")
         base = maps.tensor(stored[name])
         new = tensor.source.of(parameters[tensor.parameter].detach()).to("cpu").contiguous()
         if np.array_equal(bits_of(new.reshape(-1)), bits_of(base.to(new.dtype).reshape(-1))):

@@ -96,7 +96,7 @@ def run_set(
     fit, SafecritError where loss or gradient is not finite.
     """
     settings = settings or TrainSettings()
-    anatomy, parents = _check(loaded, mask, allow_other_weights)
+    anatomy, parents = check_mask(loaded, mask, allow_other_weights)
     if loaded.model.dtype == torch.float16:
         loaded.model.float()
     optimizer = SparseAdamW(
@@ -109,7 +109,7 @@ def run_set(
         max_grad_norm=settings.max_grad_norm or None,
     )
     data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
-    stored = _stored(loaded, mask.indices)
+    stored = stored_tensors(loaded, mask.indices)
     try:
         record = train(loaded, data, settings, progress, checkpoints, optimizer=optimizer)
         changes = optimizer.changes(mask, {name: DTYPES[tensor.dtype] for name, tensor in stored.items()})
@@ -141,8 +141,8 @@ def run_spa(
 ) -> TrainResult:
     """Train every weight but those that `mask` selects, which stay bit-identical. Arguments and errors: `run_set`."""
     settings = settings or TrainSettings(max_steps=1000)
-    anatomy, parents = _check(loaded, mask, allow_other_weights)
-    stored, maps = _stored(loaded, anatomy.tensors), MappedFiles()
+    anatomy, parents = check_mask(loaded, mask, allow_other_weights)
+    stored, maps = stored_tensors(loaded, anatomy.tensors), MappedFiles()
     if not mask.count:
         raise SafecritError("the mask selects no weight of this model, so nothing would be protected.")
     loaded.model.float()
@@ -163,7 +163,8 @@ def run_spa(
     return _result("spa", settings, anatomy.total - mask.count, anatomy, record, data, parents, movement, None)
 
 
-def _check(loaded: LoadedModel, mask: Mask, allow_other_weights: bool) -> tuple[Anatomy, list[str]]:
+def check_mask(loaded: LoadedModel, mask: Mask, allow_other_weights: bool) -> tuple[Anatomy, list[str]]:
+    """The model's anatomy and accepted fingerprints; MismatchError where the mask is of another model."""
     anatomy = read_anatomy(loaded.model)
     parents = list(accepted_fingerprints(loaded.folder))
     mask.check(anatomy, fingerprints=parents, allow_other_weights=allow_other_weights)
@@ -182,7 +183,7 @@ def _check_ranks(tensors: Iterable[torch.Tensor]) -> None:
         raise SafecritError(f"the weights of rank {other[0]} are not those of rank 0 after training. Discard this run.")
 
 
-def _stored(loaded: LoadedModel, names: Iterable[str]) -> dict[str, StoredTensor]:
+def stored_tensors(loaded: LoadedModel, names: Iterable[str]) -> dict[str, StoredTensor]:
     """The tensors of the model's files, checked to hold all of `names`."""
     stored = checkpoint_tensors(loaded.folder)
     for name in names:

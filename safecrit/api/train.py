@@ -66,6 +66,10 @@ class TrainOutcome:
 
 def check_inputs(job: TrainJob) -> Mask:
     """Find the user's mistakes before an output folder is made; the mask, checked to be this model's."""
+    if distributed.current().world > 1 and job.lora is not None:
+        raise SafecritError("--use-peft trains in one process: start it without torchrun.")
+    if job.parallel == "shard":
+        raise SafecritError(f"--parallel shard: `{job.mode}` keeps the whole model on every rank. Use replicate.")
     folder = resolve_folder(job.model, revision=job.revision)
     mask = Mask.load(job.mask)
     if job.lora is not None:
@@ -84,14 +88,7 @@ def read_data(job: TrainJob) -> tuple[TrainData, TrainData | None]:
 
 
 def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter) -> TrainOutcome:
-    """Train, write `folder`, and verify the files written against the base; of several ranks the first does that.
-
-    SafecritError where several ranks are to train an adapter or to divide the model.
-    """
-    if distributed.current().world > 1 and job.lora is not None:
-        raise SafecritError("--use-peft trains in one process: start it without torchrun.")
-    if job.parallel == "shard":
-        raise SafecritError(f"--parallel shard: `{job.mode}` keeps the whole model on every rank. Use replicate.")
+    """Train, write `folder`, and verify the files written against the base; of several ranks the first does that."""
     mask = Mask.load(job.mask)
     if job.lora is not None:
         outcome = _run_lora(job, job.lora, mask, folder, report)
