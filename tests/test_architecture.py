@@ -23,10 +23,10 @@ ROWS: list[list[set[str]]] = [
     [{"components", "checkpoint_map", "anatomy"}, {"fingerprint"}, {"maskfile", "maskformat"}, {"scorefile"}],
     [{"models"}, {"prompts"}, {"chatserver"}, {"chat"}, {"bridge", "vocabulary"}],
     [{"judges"}, {"traindata"}, {"placement"}, {"checkpoint"}, {"account", "metamodel", "trainaccount"}],
-    [{"delta"}, {"verification"}],
+    [{"delta"}, {"verification"}, {"activations", "fsdp"}],
     [
         {"generation"},
-        {"relaxation", "gradients", "estimators", "scoring", "activations", "turns", "weightscores", "sharding"},
+        {"relaxation", "gradients", "estimators", "scoring", "turns", "weightscores", "sharding"},
         {"selection", "selection_together"},
         {"perturbation"},
         {"perplexity"},

@@ -10,10 +10,11 @@ import torch
 from safecrit import distributed
 from safecrit.anatomy import Anatomy, read_anatomy
 from safecrit.api.judging import load_differentiable, load_judge
+from safecrit.fsdp import all_ranks, in_turn, shard
 from safecrit.judges import Judge
 from safecrit.judges.guard import GuardJudge
 from safecrit.models import LoadedModel, load_model, pick_device
-from safecrit.sharding import all_ranks, in_turn, shard, sigmas
+from safecrit.sharding import sigmas
 
 if TYPE_CHECKING:
     from safecrit.api.placing import Placed
