@@ -115,7 +115,7 @@ def run_set(
         changes = optimizer.changes(mask, {name: DTYPES[tensor.dtype] for name, tensor in stored.items()})
     finally:
         optimizer.close()
-    _check_ranks(values for _, values in changes.values())
+    check_ranks(values for _, values in changes.values())
 
     def moved() -> Movement:
         movement, maps = Movement(), MappedFiles()
@@ -149,7 +149,7 @@ def run_spa(
     data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
     record = train(loaded, data, settings, progress, checkpoints, callback=ProtectCallback(mask))
     parameters = dict(loaded.model.named_parameters())
-    _check_ranks(parameter.detach() for parameter in parameters.values())
+    check_ranks(parameter.detach() for parameter in parameters.values())
 
     def moved() -> Movement:
         movement = Movement()
@@ -171,7 +171,7 @@ def check_mask(loaded: LoadedModel, mask: Mask, allow_other_weights: bool) -> tu
     return anatomy, parents
 
 
-def _check_ranks(tensors: Iterable[torch.Tensor]) -> None:
+def check_ranks(tensors: Iterable[torch.Tensor]) -> None:
     """SafecritError where the ranks' copies of the trained weights are not bit-identical."""
     if distributed.current().world == 1:
         return

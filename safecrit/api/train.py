@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safecrit import distributed
-from safecrit.adapter import merge_adapter, peft_module
+from safecrit.adapter import Merged, merge_adapter, peft_module
 from safecrit.cardfigures import add_evaluation, evaluated, read_results
 from safecrit.delta import Delta, apply_delta
 from safecrit.errors import SafecritError
@@ -66,8 +66,8 @@ class TrainOutcome:
 
 def check_inputs(job: TrainJob) -> Mask:
     """Find the user's mistakes before an output folder is made; the mask, checked to be this model's."""
-    if distributed.current().world > 1 and job.lora is not None:
-        raise SafecritError("--use-peft trains in one process: start it without torchrun.")
+    if job.parallel == "shard" and job.lora is not None:
+        raise SafecritError("--parallel shard: --use-peft keeps the whole base on every rank. Use replicate.")
     if job.parallel == "shard":
         raise SafecritError(f"--parallel shard: `{job.mode}` keeps the whole model on every rank. Use replicate.")
     folder = resolve_folder(job.model, revision=job.revision)
@@ -160,30 +160,38 @@ def _same_global_batch(settings: TrainSettings, file: Path) -> TrainSettings:
 
 
 def _run_lora(job: TrainJob, lora: LoraSettings, mask: Mask, folder: Path, report: Reporter) -> TrainOutcome:
-    """Train an adapter, then merge it into the model loaded afresh, as `safecrit merge` does."""
+    """Train an adapter, then merge it into the model loaded afresh, as `safecrit merge` does; rank 0 merges."""
     data, retain = read_data(job)
     source: dict[str, Any] = {
         "revision": job.revision,
         "device": job.device,
         "trust_remote_code": job.trust_remote_code,
     }
+    checkpoints = folder / "safecrit" / "checkpoints"
+    settings = _same_global_batch(job.settings, checkpoints / "batch.json") if job.settings.save_steps else job.settings
     with report("training", "steps") as progress:
         adapter = train_adapter(
             load_model(job.model, dtype=job.dtype, **source),
             data.examples,
             retain.examples if retain else None,
             job.retain_share,
-            job.settings,
+            settings,
             lora,
             folder / "safecrit" / "adapter",
             lambda step, total, loss: progress(step, total, f"loss {loss:.3f}"),
-            checkpoints=folder / "safecrit" / "checkpoints",
+            checkpoints=checkpoints,
         )
-    loaded = load_model(job.model, **source)
-    merged = merge_adapter(loaded, adapter.folder, mask, allow_other_weights=job.allow_other_weights)
+
+    def merge() -> tuple[Merged, VerifyReport]:
+        loaded = load_model(job.model, **source)
+        merged = merge_adapter(loaded, adapter.folder, mask, allow_other_weights=job.allow_other_weights)
+        result = merged_result(adapter, merged, mask.info.total)
+        write_spa_output(loaded, mask, folder, result, weights=merged.weights, overwrite=True)
+        return replace(merged, weights={}), verify(folder, loaded.folder, mask, "spa")
+
+    merged, verified = distributed.from_first(merge)
     result = merged_result(adapter, merged, mask.info.total)
-    write_spa_output(loaded, mask, folder, result, weights=merged.weights, overwrite=True)
-    return TrainOutcome(result=result, verified=verify(folder, loaded.folder, mask, "spa"), skipped=data.empty)
+    return TrainOutcome(result=result, verified=verified, skipped=data.empty)
 
 
 def _verify_set(job: TrainJob, folder: Path, base: Path, mask: Mask) -> VerifyReport:

@@ -19,8 +19,17 @@ from tests.dist.launch import run, torchrun
 from tests.dist.world import World
 
 BATCH = 4  # accumulation times ranks
-CASES = [("set", "dense"), ("set", "moe"), ("spa", "tied")]
-SLOW = [("set", "tied"), ("spa", "dense"), ("spa", "moe")]
+CASES = [("set", "dense"), ("set", "moe"), ("spa", "tied"), ("lora", "dense")]
+SLOW = [("set", "tied"), ("spa", "dense"), ("spa", "moe"), ("lora", "moe"), ("lora-faster", "dense"), ("dora", "tied")]
+LORA = ["--use-peft", "--lora-r", 4]
+# name: command and flags
+MODES: dict[str, list[object]] = {
+    "set": ["set"],
+    "spa": ["spa"],
+    "lora": ["spa", *LORA],
+    "lora-faster": ["spa", *LORA, "--lr", 1e-2],
+    "dora": ["spa", *LORA, "--use-dora"],
+}
 
 
 def train(world: World, mode: str, model: str, out: Path, ranks: int, *more: object) -> list[str]:
@@ -28,7 +37,8 @@ def train(world: World, mode: str, model: str, out: Path, ranks: int, *more: obj
     files = ["--mask", world.folder / f"{model}.safetensors", "--data", world.folder / "data.jsonl", "-o", out]
     batch = ["--batch-size", 1, "--gradient-accumulation-steps", BATCH // ranks]
     settings = ["--max-steps", 20, "--lr", 3e-5, "--weight-decay", 0.1, "--save-steps", 4]
-    return [mode, *map(str, [world.models[model], *files, *batch, *settings, *more])]
+    command, *flags = MODES[mode]
+    return list(map(str, [command, world.models[model], *files, *batch, *settings, *flags, *more]))
 
 
 def alone(command: list[str]) -> None:
