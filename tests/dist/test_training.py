@@ -78,6 +78,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield made
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:peft")  # of Mixtral's fused experts
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_weights_are_those_of_one_process(ranks: int, world: World) -> None:
     cases = CASES + (SLOW if ranks > 2 else [])
@@ -95,9 +96,10 @@ def test_weights_are_those_of_one_process(ranks: int, world: World) -> None:
         assert several["losses"] == pytest.approx(one["losses"], rel=1e-5)
 
 
-def test_a_killed_run_goes_on(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["set", pytest.param("lora-faster", marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on(mode: str, world: World, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
-    command = train(world, "set", "dense", killed, 2)
+    command = train(world, mode, "dense", killed, 2)
     code, _, err = run(torchrun(2, "tests.dist.dying", 1, 21, "kill", *command), 100)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(errors) == 1, err
@@ -105,18 +107,19 @@ def test_a_killed_run_goes_on(world: World, tmp_path: Path) -> None:
     assert list(killed.glob("safecrit/checkpoints/checkpoint-8")) and not (killed / "config.json").exists()
     assert not list(killed.rglob(".*.part"))
     expected, again = tmp_path / "expected", tmp_path / "again"
-    alone(train(world, "set", "dense", expected, 1))
+    alone(train(world, mode, "dense", expected, 1))
     shutil.copytree(killed, again)
-    resumed = train(world, "set", "dense", again, 2)
+    resumed = train(world, mode, "dense", again, 2)
     alone(resumed)
-    assert_same_weights(world, "set", "dense", expected, again)
+    assert_same_weights(world, mode, "dense", expected, again)
     code, _, err = run(torchrun(2, "safecrit", *command), 100)
     assert code == 0 and "resuming the interrupted run" in err, err
-    assert_same_weights(world, "set", "dense", expected, killed)
+    assert_same_weights(world, mode, "dense", expected, killed)
 
 
 def test_a_divided_model_is_refused(world: World, tmp_path: Path) -> None:
     from safecrit.errors import SafecritError
 
-    with pytest.raises(SafecritError, match="--parallel shard"):
-        alone(train(world, "set", "dense", tmp_path / "out", 1, "--parallel", "shard"))
+    for mode in ("set", "lora"):
+        with pytest.raises(SafecritError, match="--parallel shard"):
+            alone(train(world, mode, "dense", tmp_path / mode, 1, "--parallel", "shard"))
