@@ -22,6 +22,7 @@ TRANSIENT = {
     "public",
     "dry_run",
     "gpu_memory",
+    "ranks",
     "dist_timeout",
     "parallel",
 }
@@ -152,6 +153,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would need,
 GpuMemory = Annotated[
     str | None, typer.Option("--gpu-memory", metavar="SIZE", help="With --dry-run: of a GPU, such as 24GiB.")
 ]
+Ranks = Annotated[int, typer.Option("--ranks", min=1, help="With --dry-run: of a run on N ranks, what one needs.")]
 PushToHub = Annotated[
     str | None, typer.Option("--push-to-hub", metavar="NAME", help="Upload the verified output to this Hub repository.")
 ]

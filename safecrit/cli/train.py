@@ -68,6 +68,7 @@ def set_(
     results: Results = None,
     dry_run: o.DryRun = False,
     gpu_memory: o.GpuMemory = None,
+    ranks: o.Ranks = 1,
     push_to_hub: o.PushToHub = None,
     public: o.Public = False,
     seed: o.Seed = 0,
@@ -135,6 +136,7 @@ def spa(
     results: Results = None,
     dry_run: o.DryRun = False,
     gpu_memory: o.GpuMemory = None,
+    ranks: o.Ranks = 1,
     push_to_hub: o.PushToHub = None,
     public: o.Public = False,
     seed: o.Seed = 0,
@@ -172,7 +174,7 @@ def _run(
 
     from safecrit import distributed
     from safecrit.api.train import TrainJob, check_inputs, headline, run_training
-    from safecrit.errors import CheckFailed
+    from safecrit.errors import CheckFailed, UsageError
     from safecrit.hub import push
     from safecrit.lora import lora_headline
     from safecrit.outputs import default_output, open_output
@@ -192,12 +194,14 @@ def _run(
         **{key: value for key, value in settings.items() if key in own},
     )
     path = output or default_output(mode, job.model)
+    if context.params["ranks"] > 1 and not context.params["dry_run"]:
+        raise UsageError("--ranks goes with --dry-run alone; a run on several ranks is started by torchrun.")
     if context.params["dry_run"]:
         from dataclasses import asdict
 
         from safecrit.api.traindryrun import dry_run, lines
 
-        found = dry_run(job, gpu_memory=context.params["gpu_memory"], output=path)
+        found = dry_run(job, ranks=context.params["ranks"], gpu_memory=context.params["gpu_memory"], output=path)
         for line in lines(found):
             sink.line(line)
         sink.result(asdict(found))
