@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from safecrit import distributed
 from safecrit.adapter import Merged, merge_adapter, peft_module
+from safecrit.api.trainplacing import check_parallel
 from safecrit.cardfigures import add_evaluation, evaluated, read_results
 from safecrit.delta import Delta, apply_delta
 from safecrit.errors import SafecritError
@@ -66,8 +67,7 @@ class TrainOutcome:
 
 def check_inputs(job: TrainJob) -> Mask:
     """Find the user's mistakes before an output folder is made; the mask, checked to be this model's."""
-    if job.parallel == "shard" and job.lora is not None:
-        raise SafecritError("--parallel shard: --use-peft keeps the whole base on every rank. Use replicate.")
+    check_parallel(job)
     if job.parallel == "shard":
         raise SafecritError(f"--parallel shard: `{job.mode}` keeps the whole model on every rank. Use replicate.")
     folder = resolve_folder(job.model, revision=job.revision)

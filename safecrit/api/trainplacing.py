@@ -59,15 +59,20 @@ class TrainSurvey:
         return {place: peak(parts, place) for place in PLACES}  # type: ignore[arg-type]
 
 
+def check_parallel(job: TrainJob) -> None:
+    """SafecritError where an adapter is to be trained on a divided base."""
+    if job.parallel == "shard" and job.lora is not None:
+        raise SafecritError("--parallel shard: --use-peft keeps the whole base on every rank. Use replicate.")
+
+
 def parallel_mode(job: TrainJob, found: TrainSurvey | None = None) -> tuple[str, str]:
     """replicate or shard, for `found` or for the ranks that run now, and why.
 
     It looks at this rank's memory, so rank 0 decides for all: `distributed.from_first(lambda: parallel_mode(job))`,
-    before a model is loaded. Raises SafecritError for an adapter that is to be trained on a divided base.
+    before a model is loaded. Errors are those of `check_parallel` and `survey`.
     """
+    check_parallel(job)
     if job.lora is not None:
-        if job.parallel == "shard":
-            raise SafecritError("--parallel shard: --use-peft keeps the whole base on every rank. Use replicate.")
         return "replicate", "an adapter trains beside the whole base"
     if job.parallel != "auto":
         return job.parallel, "as asked for"
