@@ -29,8 +29,7 @@ class TrainPlan:
     rows, tokens: of the micro-batch with the most tokens, padding included. total_tokens: of the whole run, all ranks.
     adapter: weights of a LoRA adapter, 0 without one. largest: weights of the largest tensor with a gradient.
     checkpointed: layers are computed again in the backward pass. saved: bytes of what is written. The account is that
-    of one of `ranks`. divided: weights and state are, by FSDP2; gathered: weights of the largest of its groups, a
-    layer or what lies outside the layers.
+    of one of `ranks`. divided: weights and state are, by FSDP2.
     """
 
     mode: Literal["set", "spa"]
@@ -48,7 +47,6 @@ class TrainPlan:
     saved: int = 0
     ranks: int = 1
     divided: bool = False
-    gathered: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def train_parts(shape: ModelShape, plan: TrainPlan) -> list[TrainPart]:
             TrainPart("mask", 8 * plan.selected, "host"),
         ]
     if plan.divided:
-        parts.append(TrainPart("two whole layers, a float32 gradient", (2 * b + 4) * plan.gathered, device, PASSES))
+        parts.append(TrainPart("two whole layers, a float32 gradient", (2 * b + 4) * shape.group, device, PASSES))
     kept = activation_bytes(shape, plan.rows, plan.tokens, b, checkpointed=plan.checkpointed, weights_require_grad=True)
     parts.append(TrainPart("activations", kept, device, PASSES))
     # Logits, their log-softmax and its gradient; those two are float32.

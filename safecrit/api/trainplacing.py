@@ -5,7 +5,6 @@ Of the model, configuration and tokenizer are read, and no weight.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,12 +12,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from safecrit import distributed
-from safecrit.activations import decoder_layers
 from safecrit.anatomy import read_anatomy
-from safecrit.api.survey import description_folder
+from safecrit.api.survey import available_bytes, description_folder, sharers
 from safecrit.errors import SafecritError
 from safecrit.lora import adapt
-from safecrit.machine import device_free, host_free, parse_bytes
 from safecrit.maskfile import Mask
 from safecrit.metamodel import ModelShape, meta_model, shape_of
 from safecrit.mixture import mix
@@ -27,14 +24,13 @@ from safecrit.trainaccount import TrainPart, TrainPlan, peak, train_parts
 from safecrit.traindata import read_examples
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from safecrit.api.train import TrainJob
     from safecrit.mixture import Mixture
 
 Mode = Literal["replicate", "shard"]
 PLACES = ("device", "host", "disk")
-GPUS_A_HOST = 8  # assumed where the hosts are not known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +100,7 @@ def survey(
     tokenizer = load_tokenizer(folder, trust_remote_code=job.trust_remote_code)
     mask = Mask.load(job.mask)
     mask.check(read_anatomy(model))
-    shape, settings, gathered = shape_of(model), job.settings, _largest_group(model)
+    shape, settings = shape_of(model), job.settings
     device = torch.device("cuda") if gpu_memory else pick_device(job.device)
     cpu = device.type == "cpu"
     mixed = mix(
@@ -138,16 +134,8 @@ def survey(
         cpu=cpu,
         saved=stored * shape.parameters if job.save != "delta" else mask.count * (4 + 2 * stored),
         ranks=ranks,
-        gathered=gathered,
     )
-    sharers = local or (ranks if cpu else min(ranks, GPUS_A_HOST))
-    own = parse_bytes(gpu_memory) if gpu_memory else device_free(device)
-    above = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    available = {
-        "device": own // sharers if cpu else own,
-        "host": host_free() // sharers,
-        "disk": shutil.disk_usage(above).free,
-    }
+    available = available_bytes(device, gpu_memory, output, sharers(device, ranks) if local is None else local)
     return TrainSurvey(
         shape=shape, plan=plan, mask=mask, mixed=mixed, tokenizer=tokenizer, device=device, available=available
     )
@@ -161,9 +149,3 @@ def _batches(mixed: Mixture, size: int) -> tuple[int, int, int]:
         shapes.append((len(lengths), max(lengths)))
     rows, tokens = max(shapes, key=lambda shape: shape[0] * shape[1])
     return rows, tokens, sum(rows * tokens for rows, tokens in shapes)
-
-
-def _largest_group(model: PreTrainedModel) -> int:
-    """Weights of the largest of FSDP2's groups: a decoder layer, or all that lies outside of them."""
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
-    return max(*layers, sum(p.numel() for p in model.parameters()) - sum(layers))

@@ -27,6 +27,7 @@ TRANSIENT = {
     "parallel",
 }
 DIST_TIMEOUT_S = 1800
+RANKS_ALONE = "--ranks goes with --dry-run alone; a run on several ranks is started by torchrun."
 
 
 def _load_config(context: typer.Context, value: Path | None) -> Path | None:

@@ -195,7 +195,7 @@ def _run(
     )
     path = output or default_output(mode, job.model)
     if context.params["ranks"] > 1 and not context.params["dry_run"]:
-        raise UsageError("--ranks goes with --dry-run alone; a run on several ranks is started by torchrun.")
+        raise UsageError(o.RANKS_ALONE)
     if context.params["dry_run"]:
         from dataclasses import asdict
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from safecrit import distributed
-from safecrit.api import trainplacing
+from safecrit.api import survey as surveying
 from safecrit.api.train import TrainJob
 from safecrit.api.trainplacing import parallel_mode, survey
 from safecrit.maskfile import Mask
@@ -65,7 +65,8 @@ def test_a_mask_of_another_model_is_found(cli: Cli, world: World, bare: Path, ma
 
 
 def test_several_ranks(cli: Cli, world: World, bare: Path, mask_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainplacing, "host_free", lambda: 64 << 30)
+    monkeypatch.setattr(surveying, "host_free", lambda: 64 << 30)
+    monkeypatch.setattr(surveying, "device_free", lambda device: 64 << 30)
     arguments = ["--mask", mask_file, "--data", world.task, "--steps", 4, "--dry-run"]
     inspected = json.loads(cli("inspect", mask_file, "--json").out)
     total, k = inspected["total"], Mask.load(mask_file).count
@@ -118,8 +119,8 @@ def test_the_mode_of_a_run(world: World, bare: Path, mask_file: Path, monkeypatc
     )
     assert parallel_mode(job) == ("replicate", "there is one rank")
     need = survey(job, ranks=4).peaks("replicate")["host"]
-    monkeypatch.setattr(trainplacing, "device_free", lambda device: 3 * need)
-    monkeypatch.setattr(trainplacing, "host_free", lambda: 3 * need)
+    monkeypatch.setattr(surveying, "device_free", lambda device: 3 * need)
+    monkeypatch.setattr(surveying, "host_free", lambda: 3 * need)
     for local, mode in ((2, "replicate"), (4, "shard")):  # of four ranks, on one host
         monkeypatch.setattr(distributed, "current", lambda local=local: distributed.Ranks(0, 4, 0, local))
         assert parallel_mode(job)[0] == mode
