@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from safecrit.cli.app import app
 from safecrit.files import checkpoint_tensors
@@ -133,3 +135,20 @@ def test_a_killed_run_goes_on(case: tuple[str, str, str], world: World, tmp_path
         code, _, err = run(torchrun(ranks, "safecrit", *command), 100)
         assert code == 0 and "resuming the interrupted run" in err, err
         assert_same_weights(world, mode, model, expected, again)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_accelerates_plugin_divides_a_script_of_ones_own(mode: str, world: World, tmp_path: Path) -> None:
+    mask = world.folder / "tied.safetensors"
+    arguments = [mode, world.models["tied"], mask, world.folder / "data.jsonl"]
+    for command, name in (([sys.executable, "-m"], "one"), (torchrun(2, "")[:-1], "two")):
+        code, _, err = run([*command, "tests.dist.plugin", *map(str, arguments), str(tmp_path / name)])
+        assert code == 0, err
+    one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
+    chosen, base = Mask.load(mask), AutoModelForCausalLM.from_pretrained(world.models["tied"]).state_dict()
+    for name, before in base.items():
+        if name in one:
+            selected = chosen.dense(name) if name in chosen.indices else torch.zeros(before.shape, dtype=torch.bool)
+            assert torch.equal(two[name] != before, selected if mode == "set" else ~selected), name
+            assert torch.linalg.vector_norm(one[name] - two[name]) <= 1e-6 * torch.linalg.vector_norm(one[name]), name
