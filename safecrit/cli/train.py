@@ -172,8 +172,9 @@ def _run(
 ) -> None:
     from dataclasses import fields
 
-    from safecrit import distributed
+    from safecrit import distributed, faults
     from safecrit.api.train import TrainJob, check_inputs, headline, run_training
+    from safecrit.api.trainplacing import parallel_mode
     from safecrit.errors import CheckFailed, UsageError
     from safecrit.hub import push
     from safecrit.lora import lora_headline
@@ -219,9 +220,12 @@ def _run(
     if folder.resumed:
         sink.note(f"resuming the interrupted run in {folder.path}")
     sink.line(training_line)
-    if (ranks := distributed.current().world) > 1:
-        sink.note(f"{ranks} ranks: replicate (every rank has the whole model)")
-    outcome = run_training(job, folder.path, sink.progress)
+    parallel, reason = "replicate", ""
+    if faults.watching():
+        parallel, reason = distributed.from_first(lambda: parallel_mode(job))
+    if (world := distributed.current().world) > 1:
+        sink.note(f"{world} ranks: {parallel} ({reason})")
+    outcome = run_training(job, folder.path, sink.progress, parallel)
     result, report = outcome.result, outcome.verified
     if outcome.skipped:
         sink.warn(f"{outcome.skipped} rows without prompt or answer were left out")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from safecrit.cli.app import app
+from safecrit.errors import SafecritError
 from safecrit.files import checkpoint_tensors
 from safecrit.maskfile import Mask
 from safecrit.tensorfile import MappedFiles
@@ -19,17 +23,25 @@ from tests.dist.launch import run, torchrun
 from tests.dist.world import World
 
 BATCH = 4  # accumulation times ranks
-CASES = [("set", "dense"), ("set", "moe"), ("spa", "tied"), ("lora", "dense")]
-SLOW = [("set", "tied"), ("spa", "dense"), ("spa", "moe"), ("lora", "moe"), ("lora-faster", "dense"), ("dora", "tied")]
+MODES, MODELS, PARALLEL = ("set", "spa"), ("dense", "tied", "moe"), ("replicate", "shard")
 LORA = ["--use-peft", "--lora-r", 4]
 # name: command and flags
-MODES: dict[str, list[object]] = {
+COMMANDS: dict[str, list[object]] = {
     "set": ["set"],
     "spa": ["spa"],
     "lora": ["spa", *LORA],
     "lora-faster": ["spa", *LORA, "--lr", 1e-2],
     "dora": ["spa", *LORA, "--use-dora"],
 }
+CASES = [
+    ("set", "dense", "replicate"),
+    ("spa", "tied", "replicate"),
+    ("set", "tied", "shard"),
+    ("set", "moe", "shard"),
+    ("spa", "tied", "shard"),
+    ("lora", "dense", "replicate"),
+]
+ADAPTERS = [("lora", "moe", "replicate"), ("lora-faster", "dense", "replicate"), ("dora", "tied", "replicate")]
 
 
 def train(world: World, mode: str, model: str, out: Path, ranks: int, *more: object) -> list[str]:
@@ -37,7 +49,7 @@ def train(world: World, mode: str, model: str, out: Path, ranks: int, *more: obj
     files = ["--mask", world.folder / f"{model}.safetensors", "--data", world.folder / "data.jsonl", "-o", out]
     batch = ["--batch-size", 1, "--gradient-accumulation-steps", BATCH // ranks]
     settings = ["--max-steps", 20, "--lr", 3e-5, "--weight-decay", 0.1, "--save-steps", 4]
-    command, *flags = MODES[mode]
+    command, *flags = COMMANDS[mode]
     return list(map(str, [command, world.models[model], *files, *batch, *settings, *flags, *more]))
 
 
@@ -81,45 +93,86 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:peft")  # of Mixtral's fused experts
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_weights_are_those_of_one_process(ranks: int, world: World) -> None:
-    cases = CASES + (SLOW if ranks > 2 else [])
+    cases = CASES if ranks == 2 else [*itertools.product(MODES, MODELS, PARALLEL), *ADAPTERS]
     out = world.folder / str(ranks)
-    commands = [train(world, mode, model, out / f"{mode}-{model}", ranks) for mode, model in cases]
+    folders = {case: out / "-".join(case) for case in cases}
+    commands = [
+        train(world, mode, model, folder, ranks, "--parallel", parallel)
+        for (mode, model, parallel), folder in folders.items()
+    ]
     code, _, err = run(torchrun(ranks, "tests.dist.commands", json.dumps(commands)), 240)
     assert code == 0, err
-    assert err.count(f"{ranks} ranks: replicate") == len(cases)
-    for mode, model in cases:
+    for parallel in PARALLEL:
+        assert err.count(f"{ranks} ranks: {parallel}") == sum(case[2] == parallel for case in cases)
+    for (mode, model, parallel), folder in folders.items():
         expected = world.folder / f"1-{ranks}" / f"{mode}-{model}"
-        alone(train(world, mode, model, expected, 1))
-        assert_same_weights(world, mode, model, expected, out / f"{mode}-{model}")
-        one, several = (json.loads((place / "safecrit/training.json").read_text()) for place in (expected, out / f"{mode}-{model}"))
+        if not expected.exists():
+            alone(train(world, mode, model, expected, 1))
+        assert_same_weights(world, mode, model, expected, folder)
+        one, several = (json.loads((place / "safecrit/training.json").read_text()) for place in (expected, folder))
         assert one["tokens"] == several["tokens"] and one["data"] == several["data"]
         assert several["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert several["grad_norms"] == pytest.approx(one["grad_norms"], rel=1e-4)
+        assert [row["trained"] for row in one["moved"]] == [row["trained"] for row in several["moved"]]
+        if (mode, parallel) == ("set", "replicate"):
+            selected = several["trained"]
+            assert several["sent_bytes"]["gradients"] <= 20 * 1.1 * 2 * (ranks - 1) / ranks * 4 * selected
 
 
-@pytest.mark.parametrize("mode", ["set", pytest.param("lora-faster", marks=pytest.mark.slow)])
-def test_a_killed_run_goes_on(mode: str, world: World, tmp_path: Path) -> None:
+KILLED = [
+    ("set", "dense", "shard"),
+    ("set", "moe", "replicate"),
+    ("spa", "tied", "shard"),
+    ("lora-faster", "dense", "replicate"),
+]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if n else []) for n, case in enumerate(KILLED)]
+)
+def test_a_killed_run_goes_on(case: tuple[str, str, str], world: World, tmp_path: Path) -> None:
+    mode, model, parallel = case
     killed = tmp_path / "killed"
-    command = train(world, mode, "dense", killed, 2)
-    code, _, err = run(torchrun(2, "tests.dist.dying", 1, 21, "kill", *command), 100)
+    command = train(world, mode, model, killed, 2, "--parallel", parallel)
+    dying = [1, 11 * BATCH // 2, "kill", *command]
+    code, _, err = run(torchrun(2, "tests.dist.dying", *dying), 100)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(errors) == 1, err
     assert errors[0].startswith("error: rank 1 of 2 (") and "fell silent: killed" in errors[0]
     assert list(killed.glob("safecrit/checkpoints/checkpoint-8")) and not (killed / "config.json").exists()
     assert not list(killed.rglob(".*.part"))
-    expected, again = tmp_path / "expected", tmp_path / "again"
-    alone(train(world, mode, "dense", expected, 1))
+    expected = tmp_path / "expected"
+    alone(train(world, mode, model, expected, 1))
+    again = tmp_path / "again"
     shutil.copytree(killed, again)
-    resumed = train(world, mode, "dense", again, 2)
-    alone(resumed)
-    assert_same_weights(world, mode, "dense", expected, again)
-    code, _, err = run(torchrun(2, "safecrit", *command), 100)
-    assert code == 0 and "resuming the interrupted run" in err, err
-    assert_same_weights(world, mode, "dense", expected, killed)
+    alone(train(world, mode, model, again, 2, "--parallel", parallel))
+    assert_same_weights(world, mode, model, expected, again)
+    for ranks in (2,) if case == KILLED[0] else (4,):
+        again = tmp_path / str(ranks)
+        shutil.copytree(killed, again)
+        command = train(world, mode, model, again, 2, "--parallel", parallel)
+        code, _, err = run(torchrun(ranks, "safecrit", *command), 100)
+        assert code == 0 and "resuming the interrupted run" in err, err
+        assert_same_weights(world, mode, model, expected, again)
 
 
-def test_a_divided_model_is_refused(world: World, tmp_path: Path) -> None:
-    from safecrit.errors import SafecritError
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_accelerates_plugin_divides_a_script_of_ones_own(mode: str, world: World, tmp_path: Path) -> None:
+    mask = world.folder / "tied.safetensors"
+    arguments = [mode, world.models["tied"], mask, world.folder / "data.jsonl"]
+    for command, name in (([sys.executable, "-m"], "one"), (torchrun(2, "")[:-1], "two")):
+        code, _, err = run([*command, "tests.dist.plugin", *map(str, arguments), str(tmp_path / name)])
+        assert code == 0, err
+    one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
+    chosen, base = Mask.load(mask), AutoModelForCausalLM.from_pretrained(world.models["tied"]).state_dict()
+    for name, before in base.items():
+        if name in one:
+            selected = chosen.dense(name) if name in chosen.indices else torch.zeros(before.shape, dtype=torch.bool)
+            assert torch.equal(two[name] != before, selected if mode == "set" else ~selected), name
+            assert torch.linalg.vector_norm(one[name] - two[name]) <= 1e-6 * torch.linalg.vector_norm(one[name]), name
 
-    for mode in ("set", "lora"):
-        with pytest.raises(SafecritError, match="--parallel shard"):
-            alone(train(world, mode, "dense", tmp_path / mode, 1, "--parallel", "shard"))
+
+def test_an_adapter_on_a_divided_base_is_refused(world: World, tmp_path: Path) -> None:
+    with pytest.raises(SafecritError, match="--use-peft keeps the whole base"):
+        alone(train(world, "lora", "dense", tmp_path / "out", 1, "--parallel", "shard"))
