@@ -40,7 +40,7 @@ class TrainJob:
     """All that `set` and `spa` need to know. `save`: for set, what is written: model, delta or both.
 
     With `lora`, spa trains an adapter and merges it under the mask. `results`: an
-    evaluation of the base, a folder, for the model card. `parallel`: of several ranks; auto is replicate.
+    evaluation of the base, a folder, for the model card. `parallel`: auto, replicate or shard, of several ranks.
     """
 
     mode: Literal["set", "spa"]

@@ -36,9 +36,7 @@ Results = Annotated[
 ]
 Parallel = Annotated[
     Literal["auto", "replicate", "shard"],
-    typer.Option(
-        "--parallel", help="Under torchrun: replicate, the model whole on every rank; shard is not supported."
-    ),
+    typer.Option("--parallel", help="Under torchrun: the model whole on every rank, or divided (FSDP2)."),
 ]
 Save = Annotated[Literal["model", "delta", "both"], typer.Option("--save", help="What to write.")]
 
