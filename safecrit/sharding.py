@@ -3,8 +3,8 @@
 All ranks go through the batch plan in rounds, one batch each; a rank that has none left
 runs another's with a gradient of zero, since every forward holds collectives. Gradients
 are reduced by SUM in float32 and reach the accumulators as this rank's rows of a runtime
-parameter; sigma, one number a logical matrix, is computed from whole weights while each
-rank loads the model, and applied when rows are put together at the end.
+parameter; sigma, one number a logical matrix, is computed from whole weights, one parameter
+at a time, before the first batch, and applied when rows are put together at the end.
 """
 
 from __future__ import annotations
@@ -28,14 +28,21 @@ if TYPE_CHECKING:
 
 
 def sigmas(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, torch.Tensor]:
-    """sigma of each logical matrix of the tensors that this rank owns, float64 by checkpoint name."""
-    parameters, rank = dict(model.named_parameters()), distributed.current().rank
+    """sigma of each logical matrix of a divided model, float64 by checkpoint name; all ranks ask together."""
     found = {}
     for parameter, entries, owner in owners(anatomy):
-        for entry in entries if owner == rank else ():
+        whole = _whole_to(model, parameter, owner, "sigma")
+        for entry in entries if whole is not None else ():
+            assert whole is not None
             patterns = [matrix.where for matrix in entry.layout.matrices]
-            found[entry.name] = ops.matrix_std(part_of(parameters[parameter].detach(), entry), patterns).cpu()
-    return found
+            found[entry.name] = ops.matrix_std(part_of(whole, entry), patterns).cpu()
+    return {name: values for part in distributed.gather(found) for name, values in part.items()}
+
+
+def _whole_to(model: PreTrainedModel, parameter: str, owner: int, purpose: str) -> torch.Tensor | None:
+    """A divided runtime parameter put together on rank `owner`; None on the others."""
+    weight: DTensor = model.get_parameter(parameter).data  # type: ignore[assignment]
+    return distributed.rows_to(weight.to_local(), tuple(weight.shape), owner, purpose)
 
 
 class ShardedStream(GradientStream):
@@ -177,5 +184,4 @@ class ShardedScorer(Scorer):
             yield entry, scaled_part(entry, whole, self.stream.sigma[entry.name])
 
     def _weight(self, parameter: str, owner: int) -> torch.Tensor | None:
-        weight = dict(self.model.named_parameters())[parameter].data
-        return distributed.rows_to(weight.to_local(), tuple(weight.shape), owner, "scores")  # type: ignore[attr-defined]
+        return _whole_to(self.model, parameter, owner, "scores")
