@@ -19,23 +19,43 @@ from safecrit.activations import checkpointed
 from safecrit.anatomy import Anatomy, CheckpointTensor
 from safecrit.errors import SafecritError, is_out_of_memory
 from safecrit.estimators import Item
+from safecrit.files import checkpoint_tensors
 from safecrit.gradients import GradientStream, part_of, scaled_part
 from safecrit.scoring import Progress, Restore, Save, Scorer, ScoreState, owners
+from safecrit.tensorfile import MappedFiles
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
 
+    from safecrit.models import LoadedModel
 
-def sigmas(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, torch.Tensor]:
-    """sigma of each logical matrix of a divided model, float64 by checkpoint name; all ranks ask together."""
-    found = {}
+
+def sigmas(loaded: LoadedModel, anatomy: Anatomy) -> dict[str, torch.Tensor]:
+    """sigma of each logical matrix of a divided model, float64 by checkpoint name; all ranks ask together.
+
+    A rank reads the tensors it owns whole: from their files, in the dtype they were loaded in, or from all ranks
+    where the folder's files do not hold them by these names (it holds no safetensors files, say).
+    """
+    rank, files, found = distributed.current().rank, MappedFiles(), {}
+    try:
+        stored = checkpoint_tensors(loaded.folder)
+    except SafecritError:
+        stored = {}
     for parameter, entries, owner in owners(anatomy):
-        whole = _whole_to(model, parameter, owner, "sigma")
-        for entry in entries if whole is not None else ():
-            assert whole is not None
+        weight = loaded.model.get_parameter(parameter)
+        if all(entry.name in stored and stored[entry.name].shape == entry.layout.shape for entry in entries):
+            own = entries if owner == rank else []
+            parts = (files.tensor(stored[entry.name]).to(weight.device, weight.dtype) for entry in own)
+        else:
+            whole = _whole_to(loaded.model, parameter, owner, "sigma")
+            own = entries if whole is not None else []
+            parts = (part_of(whole, entry) for entry in own if whole is not None)
+        for entry, part in zip(own, parts, strict=True):
             patterns = [matrix.where for matrix in entry.layout.matrices]
-            found[entry.name] = ops.matrix_std(part_of(whole, entry), patterns).cpu()
+            narrow = part.float() if part.dtype == torch.float64 else part
+            found[entry.name] = ops.matrix_std(narrow, patterns).cpu()
+        files.release()
     return {name: values for part in distributed.gather(found) for name, values in part.items()}
 
 

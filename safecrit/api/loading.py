@@ -70,4 +70,4 @@ def load_divided(job: ScoreJob, placed: Placed) -> tuple[LoadedModel, Judge | No
         wanted=eligible,
     )
     judge = load_whole_judge(job, placed, guard)
-    return loaded, judge, Divided(anatomies[-1], sigmas(loaded.model, anatomies[-1]))
+    return loaded, judge, Divided(anatomies[-1], sigmas(loaded, anatomies[-1]))
