@@ -80,7 +80,7 @@ def _load_whole(
     return found
 
 
-def _find(loaded: LoadedModel) -> tuple[dict[str, Parts], dict[str, StoredTensor]] | None:
+def _find(loaded: LoadedModel) -> tuple[Mapping[str, Parts], dict[str, StoredTensor]] | None:
     """Where the folder holds every parameter and every persistent buffer; None where it cannot be told."""
     model = loaded.model
     try:
@@ -94,12 +94,12 @@ def _find(loaded: LoadedModel) -> tuple[dict[str, Parts], dict[str, StoredTensor
     every = dict(model.named_parameters(remove_duplicate=False))
     if any(every.get(a) is not every.get(b) for a, b in model.all_tied_weights_keys.items()):
         return None  # both are in the folder, and whether they are tied depends on their values
-    parts: dict[str, Parts] = defaultdict(list)
+    parts: dict[str, list[tuple[Strided, StoredTensor]]] = defaultdict(list)
     for name, part in mapped.items():
-        parts[part.parameter] = [*parts[part.parameter], (part.source, stored[name])]
+        parts[part.parameter].append((part.source, stored[name]))
     if any(name not in parts for name, _ in model.named_parameters()):
         return None  # some are never saved
-    return dict(parts), {name: stored[names[name]] for name in names}
+    return parts, {name: stored[names[name]] for name in names}
 
 
 def _make_buffers(model: PreTrainedModel, stored: Mapping[str, StoredTensor], files: MappedFiles) -> None:
@@ -125,23 +125,19 @@ def _fill(model: PreTrainedModel, parts: Mapping[str, Parts], files: MappedFiles
     for name, parameter in list(model.named_parameters()):
         if name not in parts or parameter.device.type != "meta":
             continue
-        value, total = parameter.data, parameter.shape[0]
-        if isinstance(value, DTensor):
-            step = -(-total // mesh.size())  # FSDP2 cuts as torch.chunk does
-            first = min(mesh.get_local_rank() * step, total)
-            local = _read(parameter, parts[name], slice(first, min(first + step, total)), files)
-            value = DTensor.from_local(
-                local.to(mesh.device_type),
-                value.device_mesh,
-                value.placements,
-                run_check=False,
-                shape=value.shape,
-                stride=value.stride(),
-            )
-        else:
-            value = _read(parameter, parts[name], slice(0, total), files).to(mesh.device_type)
+        value = parameter.data
+        first, step = 0, len(value)
+        if isinstance(value, DTensor):  # FSDP2 cuts as torch.chunk does
+            step = -(-len(value) // mesh.size())
+            first = min(mesh.get_local_rank() * step, len(value))
+        rows = slice(first, min(first + step, len(value)))
+        read = _read(parameter, parts[name], rows, files).to(mesh.device_type)
         files.release()
-        made = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        if isinstance(value, DTensor):
+            read = DTensor.from_local(
+                read, mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+            )
+        made = nn.Parameter(read, requires_grad=parameter.requires_grad)
         for module, held in holders[id(parameter)]:
             setattr(module, held, made)
 

@@ -61,9 +61,9 @@ class Strided:
         return index.reshape(-1)
 
     def within(self, low: int, high: int) -> Iterator[tuple[tuple[slice, ...], Strided]]:
-        """The elements at flat indices from `low` up to `high`: boxes of the pattern, each with what it names.
+        """The elements at flat indices from `low` to before `high`: boxes of the pattern, and what each names.
 
-        Strides must be positive. As few boxes as halves of its dimensions, nested ones, allow.
+        Strides must be positive.
         """
         yield from self._within(low, high, tuple(slice(0, n) for n in self.shape))
 
