@@ -151,14 +151,13 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def mean_(tensor: torch.Tensor, purpose: str = "") -> torch.Tensor:
-    """Average `tensor` (contiguous) over `processes()`, in place, and return it."""
+def total_(tensor: torch.Tensor, purpose: str = "") -> torch.Tensor:
+    """Sum `tensor` (contiguous) over `processes()`, in place, and return it."""
     if (world := processes()) > 1:
         import torch.distributed as dist
 
         _count(purpose, 2 * (world - 1) / world * tensor.nbytes)
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
-        tensor /= world
     return tensor
 
 
@@ -177,14 +176,26 @@ def rows_to(local: torch.Tensor, shape: Sequence[int], owner: int, purpose: str 
     `local`: this rank's rows. All but the last ranks that have any have equally many.
     """
     import torch
+
+    world = processes()
+    step = -(-shape[0] // world)
+    sizes = [min((rank + 1) * step, shape[0]) - min(rank * step, shape[0]) for rank in range(world)]
+    found = parts_to(local, sizes, owner, purpose)
+    return torch.cat(found) if found is not None else None
+
+
+def parts_to(local: torch.Tensor, sizes: Sequence[int], owner: int, purpose: str = "") -> list[torch.Tensor] | None:
+    """Each process's `local`, [sizes[its rank], ...], on rank `owner`; None on the others."""
+    import torch
     import torch.distributed as dist
 
-    padded = local.new_zeros(-(-shape[0] // _current.world), *shape[1:])
+    padded = local.new_zeros(max(sizes), *local.shape[1:])
     padded[: len(local)] = local
-    _count(purpose, padded.nbytes if _current.rank != owner else 0)
-    found = [torch.empty_like(padded) for _ in range(_current.world)] if _current.rank == owner else None
+    here = dist.get_rank() == owner
+    _count(purpose, 0 if here else padded.nbytes)
+    found = [torch.empty_like(padded) for _ in sizes] if here else None
     dist.gather(padded, found, dst=owner)
-    return torch.cat(found)[: shape[0]] if found is not None else None
+    return [part[:size] for part, size in zip(found, sizes, strict=True)] if found is not None else None
 
 
 def gather(value: T, purpose: str = "") -> list[T]:

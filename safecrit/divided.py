@@ -21,8 +21,9 @@ from safecrit import distributed
 from safecrit.checkpoint_map import checkpoint_map, stored_buffers
 from safecrit.errors import SafecritError
 from safecrit.files import StoredTensor, checkpoint_tensors
-from safecrit.fsdp import in_turn, shard
+from safecrit.fsdp import in_turn
 from safecrit.models import LoadedModel, load_model, resolve_folder
+from safecrit.placement import rows_here
 from safecrit.strided import Strided
 from safecrit.tensorfile import DTYPES, MappedFiles
 
@@ -36,48 +37,38 @@ Parts = Sequence[tuple[Strided, StoredTensor]]  # of a runtime parameter: what i
 def load_model_divided(
     model: str | Path,
     mesh: DeviceMesh,
+    divide: Callable[[PreTrainedModel], None],
     *,
     revision: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
-    wanted: Callable[[PreTrainedModel], set[str]] = lambda _: set(),
-    embedding: bool = True,
 ) -> LoadedModel:
-    """`load_model`, divided over the ranks of `mesh` by `shard`; all of them call it together.
+    """`load_model`, with every rank of `mesh` given its rows; all of them call it together.
 
-    wanted: names of the parameters whose gradients will be asked for, given the model before it is divided,
-    without weights. embedding: as for `shard`. Arguments, result and errors are `load_model`'s otherwise. A
-    checkpoint whose tensors are not found as they would be saved (one that is no safetensors file, say) is loaded
-    whole, by one rank of a host after the other.
+    divide: calls `shard` on the model it is given, which has no weights yet, and may change their dtype before.
+    Arguments, result and errors are `load_model`'s otherwise. A checkpoint whose tensors are not found as they
+    would be saved (one that is no safetensors file, say) is loaded whole, by one rank of a host after the other.
     """
     how: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    files, found = MappedFiles(), None
+    found = None
     if any(resolve_folder(model, revision=revision).glob("model*.safetensors")):
         loaded = load_model(model, device="meta", **how)
         found = _find(loaded)
     if not all(distributed.gather(found is not None)):
-        return _load_whole(lambda: load_model(model, device="cpu", **how), mesh, wanted, embedding)
+        return in_turn(lambda: _load_whole(model, divide, how))
     assert found is not None
-    parts, buffers = found
+    (parts, buffers), files = found, MappedFiles()
     _make_buffers(loaded.model, buffers, files)
-    if not embedding:
-        table = {id(parameter) for parameter in loaded.model.get_input_embeddings().parameters()}
-        _fill(loaded.model, {n: parts[n] for n, p in loaded.model.named_parameters() if id(p) in table}, files, mesh)
-    shard(loaded.model, mesh, wanted(loaded.model), embedding=embedding)
-    _fill(loaded.model, parts, files, mesh)
+    dtypes = {name: parameter.dtype for name, parameter in loaded.model.named_parameters()}
+    divide(loaded.model)
+    _fill(loaded.model, parts, dtypes, files, mesh)
     return loaded
 
 
-def _load_whole(
-    load: Callable[[], LoadedModel], mesh: DeviceMesh, wanted: Callable[[PreTrainedModel], set[str]], embedding: bool
-) -> LoadedModel:
-    def divided() -> LoadedModel:
-        loaded = load()
-        shard(loaded.model, mesh, wanted(loaded.model), embedding=embedding)
-        return loaded
-
-    found: LoadedModel = in_turn(divided)
-    return found
+def _load_whole(model: str | Path, divide: Callable[[PreTrainedModel], None], how: dict[str, Any]) -> LoadedModel:
+    loaded = load_model(model, device="cpu", **how)
+    divide(loaded.model)
+    return loaded
 
 
 def _find(loaded: LoadedModel) -> tuple[Mapping[str, Parts], dict[str, StoredTensor]] | None:
@@ -114,8 +105,17 @@ def _make_buffers(model: PreTrainedModel, stored: Mapping[str, StoredTensor], fi
 
 
 @torch.no_grad()
-def _fill(model: PreTrainedModel, parts: Mapping[str, Parts], files: MappedFiles, mesh: DeviceMesh) -> None:
-    """Read this rank's rows of the parameters that `parts` names and that are still on the meta device."""
+def _fill(
+    model: PreTrainedModel,
+    parts: Mapping[str, Parts],
+    dtypes: Mapping[str, torch.dtype],
+    files: MappedFiles,
+    mesh: DeviceMesh,
+) -> None:
+    """Read this rank's rows of all parameters, which are on the meta device; all rows of those that are not divided.
+
+    dtypes: those in which they are loaded, before they become what they are now.
+    """
     from torch.distributed.tensor import DTensor
 
     holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
@@ -123,15 +123,8 @@ def _fill(model: PreTrainedModel, parts: Mapping[str, Parts], files: MappedFiles
         for name, parameter in module.named_parameters(recurse=False):
             holders[id(parameter)].append((module, name))
     for name, parameter in list(model.named_parameters()):
-        if name not in parts or parameter.device.type != "meta":
-            continue
         value = parameter.data
-        first, step = 0, len(value)
-        if isinstance(value, DTensor):  # FSDP2 cuts as torch.chunk does
-            step = -(-len(value) // mesh.size())
-            first = min(mesh.get_local_rank() * step, len(value))
-        rows = slice(first, min(first + step, len(value)))
-        read = _read(parameter, parts[name], rows, files).to(mesh.device_type)
+        read = _read(value.shape, dtypes[name], parts[name], rows_here(value), files).to(mesh.device_type, value.dtype)
         files.release()
         if isinstance(value, DTensor):
             read = DTensor.from_local(
@@ -142,11 +135,11 @@ def _fill(model: PreTrainedModel, parts: Mapping[str, Parts], files: MappedFiles
             setattr(module, held, made)
 
 
-def _read(parameter: torch.Tensor, parts: Parts, rows: slice, files: MappedFiles) -> torch.Tensor:
-    """`rows` of a runtime parameter, in its dtype, on the CPU."""
-    width = math.prod(parameter.shape[1:])
+def _read(shape: Sequence[int], dtype: torch.dtype, parts: Parts, rows: slice, files: MappedFiles) -> torch.Tensor:
+    """`rows` of a runtime parameter of `shape`, on the CPU."""
+    width = math.prod(shape[1:])
     low, high = rows.start * width, rows.stop * width
-    made = torch.empty((rows.stop - rows.start, *parameter.shape[1:]), dtype=parameter.dtype)
+    made = torch.empty((rows.stop - rows.start, *shape[1:]), dtype=dtype)
     for source, stored in parts:
         for box, piece in source.within(low, high):
             Strided(piece.offset - low, piece.shape, piece.strides).of(made).copy_(files.tensor(stored)[box])

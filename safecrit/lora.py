@@ -122,6 +122,7 @@ def merged_result(adapter: TrainedAdapter, merged: Merged, total: int) -> TrainR
         tokens=record.tokens,
         seconds=record.seconds,
         peak_memory=record.peak_memory,
+        sent=record.sent,
         data=adapter.data,
         parents=merged.parents,
         moved=merged.moved,

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
+from safecrit.placement import local
+
 
 class MaskedAdamW(torch.optim.AdamW):
     """AdamW whose step leaves the entries given to `freeze` and their moments bit-identical.
 
-    Arguments as torch.optim.AdamW's; parameters must be contiguous. The arithmetic is torch's in float32, so results
+    Arguments as torch.optim.AdamW's; parameters must be contiguous. Of those that FSDP2 divides, each rank updates its
+    rows. The arithmetic is torch's in float32, so results
     agree with it to rounding. Raises ValueError for amsgrad and other variants (an unknown argument).
     """
 
@@ -33,10 +36,13 @@ class MaskedAdamW(torch.optim.AdamW):
         self._none = torch.zeros(0, dtype=torch.uint8)
 
     def freeze(self, parameter: torch.Tensor, indices: torch.Tensor) -> None:
-        """Leave the entries at the flat `indices` (integers, ascending) of `parameter` alone from now on."""
+        """Leave the entries at the flat `indices` (integers, ascending) of `parameter` alone from now on.
+
+        Of one that is divided, they are positions in this rank's rows.
+        """
         from safecrit import ops
 
-        self._bits[parameter] = ops.bits_from_indices(indices.long(), parameter.numel())
+        self._bits[parameter] = ops.bits_from_indices(indices.long(), local(parameter).numel())
 
     def thaw(self) -> None:
         """Freeze nothing any more."""
@@ -62,10 +68,10 @@ class MaskedAdamW(torch.optim.AdamW):
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
                 ops.masked_adamw_(
-                    parameter.data,
-                    parameter.grad,
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
+                    local(parameter),
+                    local(parameter.grad),
+                    local(state["exp_avg"]),
+                    local(state["exp_avg_sq"]),
                     self._frozen(parameter),
                     step=int(state["step"]),
                     lr=float(group["lr"]),
@@ -80,7 +86,7 @@ class MaskedAdamW(torch.optim.AdamW):
         bits = self._bits.get(parameter)
         if bits is not None:
             return bits
-        size = -(-parameter.numel() // 8)
+        size = -(-local(parameter).numel() // 8)
         if len(self._none) < size or self._none.device != parameter.device:
             self._none = torch.zeros(size, dtype=torch.uint8, device=parameter.device)
         return self._none[:size]

@@ -22,7 +22,7 @@ import torch
 from safecrit import ops
 from safecrit.errors import CheckFailed, SafecritError
 from safecrit.maskfile import Mask
-from safecrit.placement import check_parameter, runtime_indices
+from safecrit.placement import check_whole, runtime_indices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,7 +139,7 @@ def _reach(
     """The parameter of a checkpoint tensor as one row, where the entries `flat` lie in it, and sigma of each, [n]."""
     tensor: CheckpointTensor = anatomy.tensors[name]
     parameter = model.get_parameter(tensor.parameter)
-    check_parameter(tensor.parameter, parameter)
+    check_whole(tensor.parameter, parameter)
     part = tensor.source.of(parameter.data).contiguous()
     matrices = [matrix.where for matrix in tensor.layout.matrices]
     scale = torch.zeros(len(flat), dtype=torch.float64)

@@ -83,9 +83,59 @@ def refuse_deepspeed(optimizer: Any) -> None:
         optimizer = getattr(optimizer, "optimizer", None)
 
 
-def check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
-    """SafecritError where the entries of `parameter` cannot be reached by flat position."""
-    if type(parameter.data).__name__ == "DTensor":
-        raise SafecritError(f"{name}: is sharded over several devices, which masks do not support yet. Train on one.")
-    if parameter.device.type == "meta" or not parameter.is_contiguous():
+def is_divided(tensor: torch.Tensor) -> bool:
+    """Whether parts of a tensor lie on other ranks."""
+    return type(tensor.detach()).__name__ == "DTensor"
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds, in the same memory; without gradient."""
+    tensor = tensor.detach()
+    return tensor.to_local() if is_divided(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def rows_here(tensor: torch.Tensor) -> slice:
+    """Which rows of a tensor lie here: all, or those that FSDP2 gave this rank (as torch.chunk cuts)."""
+    total = tensor.shape[0] if tensor.dim() else 1
+    if not is_divided(tensor):
+        return slice(0, total)
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    step, rank = -(-total // mesh.size()), mesh.get_local_rank()
+    return slice(min(rank * step, total), min((rank + 1) * step, total))
+
+
+def check_whole(name: str, parameter: torch.Tensor) -> None:
+    """SafecritError where a parameter is divided, not loaded, or not contiguous."""
+    if is_divided(parameter):
+        raise SafecritError(f"{name}: is divided over ranks. Give each process the whole model.")
+    local_entries(name, parameter)
+
+
+def local_entries(name: str, parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The entries of a parameter that this process holds, [n], in the same memory, and the flat position of the first.
+
+    Raises SafecritError where they cannot be reached by flat position: a parameter that is not loaded, or
+    divided otherwise than by rows over one mesh dimension.
+    """
+    if is_divided(parameter):
+        placements = parameter.placements  # type: ignore[attr-defined]
+        if len(placements) != 1 or not placements[0].is_shard(0):
+            raise SafecritError(
+                f"{name}: is divided as {placements}; masks need rows over all ranks. Use FSDP2 alone "
+                "(fully_shard on a mesh of one dimension), or whole models."
+            )
+    part = local(parameter)
+    if part.device.type == "meta" or not part.is_contiguous():
         raise SafecritError(f"{name}: is not loaded, or not contiguous in memory. Load the model whole.")
+    return part.view(-1), rows_here(parameter).start * (parameter.numel() // max(1, len(parameter)))
+
+
+def entries_here(name: str, parameter: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Of flat `indices` (ascending) into a whole parameter those that lie here, as positions in `local_entries`.
+
+    With them, how many come before. They lie where the parameter does.
+    """
+    entries, start = local_entries(name, parameter)
+    bounds = torch.tensor([start, start + len(entries)], dtype=indices.dtype)
+    first, last = torch.searchsorted(indices, bounds).tolist()
+    return (indices[first:last] - start).to(entries.device), first

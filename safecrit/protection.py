@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from safecrit.anatomy import read_anatomy
 from safecrit.errors import SafecritError
 from safecrit.masked import MaskedAdamW
-from safecrit.placement import check_parameter, place, refuse_adapters, refuse_deepspeed, unwrap
+from safecrit.placement import entries_here, local, place, refuse_adapters, refuse_deepspeed, unwrap
 
 if TYPE_CHECKING:
     from safecrit.maskfile import Mask
@@ -49,9 +49,8 @@ class Protection:
         self._masked = optimizer if isinstance(optimizer, MaskedAdamW) else None
         for name, indices in placed.items():
             parameter = parameters[name]
-            check_parameter(name, parameter)
-            indices = indices.to(parameter.device)
-            self._saved.append((parameter, indices, parameter.detach().reshape(-1).index_select(0, indices)))
+            indices, _ = entries_here(name, parameter, indices)
+            self._saved.append((parameter, indices, local(parameter).view(-1).index_select(0, indices)))
             if self._masked is not None:
                 self._masked.freeze(parameter, indices)
             if parameter.requires_grad:
@@ -60,14 +59,14 @@ class Protection:
 
     @property
     def protected(self) -> int:
-        """Number of weights that are held."""
+        """Number of weights that are held here: of a model that is divided over ranks, those of this rank's rows."""
         return sum(len(indices) for _, indices, _ in self._saved)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the selected weights back to their saved values."""
         for parameter, indices, values in self._saved:
-            parameter.view(-1).index_put_((indices,), values)
+            local(parameter).view(-1).index_put_((indices,), values)
 
     def _after_step(self) -> None:
         self._steps += 1
@@ -79,7 +78,7 @@ class Protection:
         if stepped and not self._steps:
             raise SafecritError("the optimizer that was given made no step, so nothing was protected: another one ran.")
         for parameter, indices, values in self._saved:
-            now = parameter.detach().reshape(-1).index_select(0, indices)
+            now = local(parameter).view(-1).index_select(0, indices)
             if not torch.equal(now.view(torch.uint8), values.view(torch.uint8)):
                 raise SafecritError(
                     "protected weights have moved: something wrote to them after the optimizer's step. "
@@ -132,5 +131,5 @@ class ProtectCallback(TrainerCallback):
 @torch.no_grad()
 def _zero(indices: torch.Tensor, parameter: torch.Tensor) -> None:
     if parameter.grad is not None:
-        zero = torch.zeros((), dtype=parameter.grad.dtype, device=parameter.grad.device)
-        parameter.grad.view(-1).index_put_((indices,), zero)
+        gradient = local(parameter.grad)
+        gradient.view(-1).index_put_((indices,), gradient.new_zeros(()))

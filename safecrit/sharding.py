@@ -21,6 +21,7 @@ from safecrit.errors import SafecritError, is_out_of_memory
 from safecrit.estimators import Item
 from safecrit.files import checkpoint_tensors
 from safecrit.gradients import GradientStream, part_of, scaled_part
+from safecrit.placement import rows_here
 from safecrit.scoring import Progress, Restore, Save, Scorer, ScoreState, owners
 from safecrit.tensorfile import MappedFiles
 
@@ -86,10 +87,8 @@ class ShardedStream(GradientStream):
         return tuple(self._dtensor(name).shape)
 
     def rows(self, name: str) -> slice:
-        """Which rows of it lie here: FSDP2 cuts as torch.chunk does."""
-        ranks, total = distributed.current(), self._dtensor(name).shape[0]
-        step = -(-total // ranks.world)
-        return slice(min(ranks.rank * step, total), min((ranks.rank + 1) * step, total))
+        """Which rows of it lie here."""
+        return rows_here(self._dtensor(name))
 
     def _hook(self, entries: list[CheckpointTensor]) -> Callable[[torch.Tensor], None]:
         name = entries[0].parameter

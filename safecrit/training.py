@@ -12,7 +12,7 @@ float32). What is written has the checkpoint's dtypes.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from safecrit.anatomy import Anatomy, read_anatomy
 from safecrit.errors import SafecritError
 from safecrit.files import StoredTensor, checkpoint_tensors
 from safecrit.fingerprint import Changes, accepted_fingerprints
+from safecrit.fsdp import from_first_whole
 from safecrit.mixture import Mixture, mix
 from safecrit.models import LoadedModel
 from safecrit.movement import NEGLIGIBLE, Moved, Movement
@@ -53,6 +54,7 @@ class TrainResult:
     tokens: int
     seconds: float
     peak_memory: int
+    sent: dict[str, int]
     data: Mixture
     parents: list[str]
     moved: list[Moved]
@@ -98,7 +100,7 @@ def run_set(
     settings = settings or TrainSettings()
     anatomy, parents = check_mask(loaded, mask, allow_other_weights)
     if loaded.model.dtype == torch.float16:
-        loaded.model.float()
+        to_float32(loaded.model)
     optimizer = SparseAdamW(
         loaded.model,
         mask,
@@ -115,7 +117,8 @@ def run_set(
         changes = optimizer.changes(mask, {name: DTYPES[tensor.dtype] for name, tensor in stored.items()})
     finally:
         optimizer.close()
-    _check_ranks(values for _, values in changes.values())
+    if not distributed.is_sharded(loaded.model):
+        _check_ranks(values for _, values in changes.values())
 
     def moved() -> Movement:
         movement, maps = Movement(), MappedFiles()
@@ -145,22 +148,28 @@ def run_spa(
     stored, maps = stored_tensors(loaded, anatomy.tensors), MappedFiles()
     if not mask.count:
         raise SafecritError("the mask selects no weight of this model, so nothing would be protected.")
-    loaded.model.float()
+    to_float32(loaded.model)
     data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
     record = train(loaded, data, settings, progress, checkpoints, callback=ProtectCallback(mask))
-    parameters = dict(loaded.model.named_parameters())
-    _check_ranks(parameter.detach() for parameter in parameters.values())
+    if not distributed.is_sharded(loaded.model):
+        _check_ranks(parameter.detach() for parameter in loaded.model.parameters())
 
-    def moved() -> Movement:
+    def moved(whole: Callable[[str], torch.Tensor]) -> Movement:
         movement = Movement()
         for name, tensor in anatomy.tensors.items():
             base = maps.tensor(stored[name])
-            new = tensor.source.of(parameters[tensor.parameter].detach()).to("cpu", base.dtype).contiguous()
+            new = tensor.source.of(whole(tensor.parameter)).to("cpu", base.dtype).contiguous()
             movement.add(tensor.layout, base, new, frozen=mask.indices.get(name))
         return movement
 
-    movement = distributed.from_first(moved)
+    movement = from_first_whole(loaded.model, moved)
     return _result("spa", settings, anatomy.total - mask.count, anatomy, record, data, parents, movement, None)
+
+
+def to_float32(model: torch.nn.Module) -> None:
+    """Make the weights float32, in place; one whose are is left alone."""
+    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        model.float()
 
 
 def check_mask(loaded: LoadedModel, mask: Mask, allow_other_weights: bool) -> tuple[Anatomy, list[str]]:
@@ -245,6 +254,7 @@ def _result(
         tokens=record.tokens,
         seconds=record.seconds,
         peak_memory=record.peak_memory,
+        sent=record.sent,
         data=data,
         parents=parents,
         moved=movement.table(),

@@ -7,7 +7,7 @@ it is an unfinished one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,12 +69,16 @@ def write_spa_output(
     result: TrainResult,
     *,
     weights: Changes | None = None,
+    whole: Callable[[str], torch.Tensor] | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write SPA's result to the folder `out`: `weights`, or all that `loaded.model` holds now; the files written."""
+    """Write SPA's result to the folder `out`: `weights`, or all that `loaded.model` holds now; the files written.
+
+    whole: gives each runtime parameter, where the model itself has only rows of them.
+    """
     out = Path(out)
     written = _own_files(loaded, mask, out, result, _document(loaded, mask, result))
-    changes = ModelWeights(loaded) if weights is None else weights
+    changes = ModelWeights(loaded, whole) if weights is None else weights
     return written + rewrite(loaded.folder, out, changes, overwrite=overwrite)
 
 
@@ -84,11 +88,11 @@ class ModelWeights(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
     `tensors`: where each checkpoint tensor lies in the model; a tied copy has the anatomy's entry of its original.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, whole: Callable[[str], torch.Tensor] | None = None) -> None:
         """Pair the checkpoint's tensors with the model's; a stored copy of a tied tensor follows the tensor."""
         anatomy = read_anatomy(loaded.model)
         self._stored = checkpoint_tensors(loaded.folder)
-        self._parameters = dict(loaded.model.named_parameters())
+        self._whole = whole or (lambda name: loaded.model.get_parameter(name).detach())
         self.tensors = dict(anatomy.tensors)
         by_parameter = {tensor.parameter: tensor for tensor in anatomy.tensors.values()}
         for copy, target in (getattr(loaded.model, "all_tied_weights_keys", None) or {}).items():
@@ -99,7 +103,7 @@ class ModelWeights(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
         """All flat indices (int64 [n]) and all values ([n], the checkpoint's dtype, on the CPU) of one tensor."""
         tensor = self.tensors[name]
         dtype = DTYPES[self._stored[name].dtype] if name in self._stored else None
-        values = tensor.source.of(self._parameters[tensor.parameter].detach()).to("cpu", dtype).reshape(-1)
+        values = tensor.source.of(self._whole(tensor.parameter)).to("cpu", dtype).reshape(-1)
         return torch.arange(values.numel()), values
 
     def __iter__(self) -> Iterator[str]:
@@ -163,6 +167,7 @@ def _document(loaded: LoadedModel, mask: Mask, result: TrainResult) -> dict[str,
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_bytes": result.peak_memory,
+        "sent_bytes": result.sent,
         "warnings": result.warnings,
     }
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
@@ -30,8 +29,9 @@ from safecrit.mixture import Mixture, collate
 from safecrit.models import LoadedModel
 from safecrit.protection import ProtectCallback
 from safecrit.sparse import SparseAdamW
+from safecrit.traincheckpoint import load_state, save_state
 
-_WEIGHTS = "trained.safetensors"
+_SCHEDULER = "scheduler.pt"
 Progress = Callable[[int, int, float], None]
 """Called after every step with its number, the number of steps, and the step's loss."""
 
@@ -70,6 +70,7 @@ class TrainRecord:
     """Figures of a run: loss and gradient norm (before clipping) of every step, those before a resumption included.
 
     `tokens` and `seconds` are of this call, the tokens of all ranks; `peak_memory` in bytes, of the largest rank.
+    `sent`: bytes that this rank sent by itself, by purpose, without those of DistributedDataParallel and FSDP2.
     """
 
     losses: list[float]
@@ -77,6 +78,7 @@ class TrainRecord:
     tokens: int
     seconds: float
     peak_memory: int
+    sent: dict[str, int]
 
 
 class _Report(TrainerCallback):
@@ -97,9 +99,7 @@ class _Report(TrainerCallback):
 class _Trainer(Trainer):
     """Trainer that counts tokens, stops at a loss that is no number before the step is taken, and saves what it trains.
 
-    Its checkpoints hold the trained parameters under their runtime names. Trainer's own
-    hold checkpoint names, and when it resumes it leaves out all that transformers has
-    fused or renamed (the experts of Mixtral, with a warning only).
+    Its checkpoints are those of `safecrit.traincheckpoint`.
     """
 
     sparse: SparseAdamW | None = None
@@ -121,25 +121,31 @@ class _Trainer(Trainer):
             logs["grad_norm"] = self.sparse.grad_norm if self.sparse is not None else float(logs.get("grad_norm", 0.0))
         super().log(logs, *args, **kwargs)
 
-    def _trained(self) -> dict[str, torch.nn.Parameter]:
-        assert self.model is not None
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach() for name, p in self._trained().items()}, folder / _WEIGHTS)
+        """Weights are saved with the optimizer's state."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
-        trained = self._trained()
-        if saved.keys() != trained.keys():
-            raise SafecritError(
-                f"{resume_from_checkpoint}: is of a run that trained other weights. Remove it to restart."
-            )
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(saved[name])
+        """Weights are loaded with the optimizer's state."""
+
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        assert isinstance(inner, torch.optim.Optimizer)
+        return inner
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.model is not None and self.lr_scheduler is not None
+        save_state(Path(output_dir), self.model, self._inner_optimizer())
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.model is not None and self.lr_scheduler is not None
+        load_state(Path(checkpoint), self.model, self._inner_optimizer())
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
+        for group, rate in zip(self._inner_optimizer().param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
 
 def train(
@@ -208,20 +214,22 @@ def train(
             callbacks=[_Report(progress)] if callback is None else [callback, _Report(progress)],
         )
         trainer.sparse = optimizer
-        if optimizer is not None:  # it averages its gradients itself; evaluation mode is to leave DDP away
+        if optimizer is not None or distributed.is_sharded(loaded.model):
+            # Gradients are averaged elsewhere; evaluation mode is to leave DDP away.
             trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
         trainer.remove_callback(PrinterCallback)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
-        start = time.perf_counter()
+        start, before = time.perf_counter(), distributed.sent_bytes()
         last = distributed.from_first(lambda: _last_checkpoint(folder)) if saving else None
         try:
             trainer.train(resume_from_checkpoint=last)
         finally:
             logging.set_verbosity(verbosity)
             loaded.model.eval()
+        sent = distributed.sent_bytes()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     return TrainRecord(
         losses=[float(entry["loss"]) for entry in steps],
@@ -229,6 +237,7 @@ def train(
         tokens=sum(distributed.gather(trainer.tokens)),
         seconds=time.perf_counter() - start,
         peak_memory=distributed.most(_peak_memory(device)),
+        sent={name: size - before.get(name, 0) for name, size in sent.items() if size > before.get(name, 0)},
     )
 
 

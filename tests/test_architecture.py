@@ -38,6 +38,7 @@ ROWS: list[list[set[str]]] = [
             "mixture",
             "movement",
             "modelcard",
+            "traincheckpoint",
             "trainloop",
             "training",
             "training_output",

@@ -32,19 +32,39 @@ def alone(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_sharded_parameters_are_refused(alone: None) -> None:
+def test_a_model_divided_after_the_optimizer_was_made(alone: None) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model, mask = build("llama"), random_mask(build("llama"), 0.1)
-    early = SparseAdamW(build("llama"), mask)
-    fully_shard(early._model, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(SafecritError, match="sharded"):
-        early.attach()
+    optimizer = SparseAdamW(model, mask)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(SafecritError, match="sharded"):
-        protect(model, mask, optimizer)
+    with pytest.raises(SafecritError, match="divided after SparseAdamW was made"):
+        backward(model, 0)
+    model = build("llama")
+    optimizer = SparseAdamW(model, mask)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer.attach()
+    before = {n: p.detach().full_tensor() for n, p in model.named_parameters()}  # type: ignore[attr-defined]
+    where = selected(build("llama"), mask)
+    backward(model, 0)
+    optimizer.step()
+    for n, p in model.named_parameters():
+        assert torch.equal(p.detach().full_tensor() != before[n], where[n]), n  # type: ignore[attr-defined]
+
+
+def test_a_model_divided_by_columns_is_refused(alone: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    model, mask = build("llama"), random_mask(build("llama"), 0.1)
+    columns = lambda parameter: Shard(parameter.dim() - 1)  # noqa: E731
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), shard_placement_fn=columns)
+    with pytest.raises(SafecritError, match="rows over all ranks"):
+        SparseAdamW(model, mask).attach()
+    with pytest.raises(SafecritError, match="rows over all ranks"):
+        protect(model, mask, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_a_wrapped_model_of_one_process_trains(alone: None) -> None:

@@ -20,12 +20,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from safecrit import divided
 from safecrit.anatomy import read_anatomy
-from safecrit.divided import load_model_divided
 from safecrit.errors import SafecritError
 from safecrit.files import checkpoint_tensors
+from safecrit.fsdp import shard
 from safecrit.gradients import GradientStream
 from safecrit.models import LoadedModel, load_model
 from safecrit.sharding import sigmas
@@ -66,6 +67,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(root / name, max_shard_size="20KB")
         tokenizer.save_pretrained(root / name)
     return root
+
+
+def load(
+    folder: Path, mesh: DeviceMesh, wanted: Set[str] = frozenset(), *, embedding: bool = True, dtype: str = "auto"
+) -> LoadedModel:
+    def divide(model: PreTrainedModel) -> None:
+        shard(model, mesh, set(wanted), embedding=embedding)
+
+    return divided.load_model_divided(folder, mesh, divide, dtype=dtype)
 
 
 class Largest(TorchDispatchMode):
@@ -120,7 +130,7 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_every_architecture(number: int, name: str, folders: Path, turns: list[int]) -> None:
     with one_of_several(number % WORLD) as mesh:
         with Largest() as largest:
-            found = load_model_divided(folders / name, mesh)
+            found = load(folders / name, mesh)
         whole = load_model(folders / name, device="cpu")
         assert_divided(found, whole, mesh)
     rows = max(-(-p.shape[0] // WORLD) * p[0].nbytes for p in whole.model.parameters())
@@ -131,7 +141,7 @@ def test_every_architecture(number: int, name: str, folders: Path, turns: list[i
 
 @pytest.mark.parametrize(("name", "dtype"), [("mixtral", "bfloat16"), ("llama-tied", "float16"), ("phi3", "float64")])
 def test_dtypes(name: str, dtype: str, folders: Path, mesh: DeviceMesh, turns: list[int]) -> None:
-    found = load_model_divided(folders / name, mesh, dtype=dtype)
+    found = load(folders / name, mesh, dtype=dtype)
     assert_divided(found, load_model(folders / name, device="cpu", dtype=dtype), mesh)
     assert not turns
 
@@ -139,9 +149,19 @@ def test_dtypes(name: str, dtype: str, folders: Path, mesh: DeviceMesh, turns: l
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_a_whole_embedding_and_wanted_gradients(name: str, folders: Path, mesh: DeviceMesh) -> None:
     wanted = {"model.layers.1.mlp.up_proj.weight"}
-    found = load_model_divided(folders / name, mesh, wanted=lambda model: wanted, embedding=False)
+    found = load(folders / name, mesh, wanted, embedding=False)
     assert_divided(found, load_model(folders / name, device="cpu"), mesh, {"model.embed_tokens.weight"})
     assert {name for name, p in found.model.named_parameters() if p.requires_grad} == wanted
+
+
+def test_a_dtype_that_dividing_changes(folders: Path, mesh: DeviceMesh) -> None:
+    def divide(model: PreTrainedModel) -> None:
+        shard(model.float(), mesh, set())
+
+    found = divided.load_model_divided(folders / "llama-tied", mesh, divide, dtype="float16")
+    whole = load_model(folders / "llama-tied", device="cpu", dtype="float16")
+    whole.model.float()
+    assert_divided(found, whole, mesh)
 
 
 def resaved(folder: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
@@ -159,7 +179,7 @@ def test_names_of_the_base_model(folders: Path, tmp_path: Path, mesh: DeviceMesh
             tensors[name.removeprefix("transformer.")] = tensors.pop(name)
 
     folder = resaved(folders / "gpt2", tmp_path / "gpt2", change)
-    assert_divided(load_model_divided(folder, mesh), load_model(folder, device="cpu"), mesh)
+    assert_divided(load(folder, mesh), load_model(folder, device="cpu"), mesh)
     assert not turns
 
 
@@ -172,7 +192,7 @@ def test_a_tied_head_that_is_stored_too_is_loaded_whole(
         tmp_path / "both",
         lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + shift}),
     )
-    assert_divided(load_model_divided(folder, mesh), load_model(folder, device="cpu"), mesh)
+    assert_divided(load(folder, mesh), load_model(folder, device="cpu"), mesh)
     assert turns == [1]
 
 
@@ -180,7 +200,7 @@ def test_other_files_are_loaded_whole(folders: Path, tmp_path: Path, mesh: Devic
     folder = resaved(folders / "llama", tmp_path / "bin", lambda _: None)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    assert_divided(load_model_divided(folder, mesh), load_model(folder, device="cpu"), mesh)
+    assert_divided(load(folder, mesh), load_model(folder, device="cpu"), mesh)
     assert turns == [1]
 
 
@@ -199,7 +219,7 @@ def test_errors_are_those_of_loading_whole(folders: Path, tmp_path: Path, mesh: 
         with pytest.raises(SafecritError) as whole:
             load_model(folder, device="cpu")
         with pytest.raises(SafecritError) as divided_:
-            load_model_divided(folder, mesh)
+            load(folder, mesh)
         assert str(divided_.value) == str(whole.value)
 
 
@@ -207,7 +227,7 @@ def test_errors_are_those_of_loading_whole(folders: Path, tmp_path: Path, mesh: 
 def test_sigma_is_that_of_the_weights_as_loaded(name: str, dtype: str, folders: Path, mesh: DeviceMesh) -> None:
     whole = load_model(folders / name, device="cpu", dtype=dtype)
     anatomy = read_anatomy(whole.model)
-    found = sigmas(load_model_divided(folders / name, mesh, dtype=dtype), anatomy)
+    found = sigmas(load(folders / name, mesh, dtype=dtype), anatomy)
     expected = GradientStream(whole.model, anatomy).sigma
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -216,7 +236,7 @@ def test_sigma_is_that_of_the_weights_as_loaded(name: str, dtype: str, folders: 
 def test_sigma_without_files(folders: Path, tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/met", rank=0, world_size=1)
     try:
-        loaded = load_model_divided(folders / "mixtral", init_device_mesh("cpu", (1,)))
+        loaded = load(folders / "mixtral", init_device_mesh("cpu", (1,)))
         anatomy = read_anatomy(load_model(folders / "mixtral", device="meta").model)
         stored, gathered = sigmas(loaded, anatomy), sigmas(replace(loaded, folder=tmp_path), anatomy)
     finally:

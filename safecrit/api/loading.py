@@ -10,7 +10,7 @@ import torch
 from safecrit.anatomy import Anatomy, read_anatomy
 from safecrit.api.judging import LoadGuard, load_differentiable, load_judge
 from safecrit.divided import load_model_divided
-from safecrit.fsdp import all_ranks
+from safecrit.fsdp import all_ranks, shard
 from safecrit.judges import Judge
 from safecrit.models import LoadedModel, load_model, pick_device
 from safecrit.sharding import sigmas
@@ -54,20 +54,15 @@ def load_divided(job: ScoreJob, placed: Placed) -> tuple[LoadedModel, Judge | No
     """Model and judge, divided over the ranks as they are loaded; a judge that is no guard is whole on each."""
     mesh, anatomies = all_ranks(pick_device(job.device)), []
 
-    def eligible(model: PreTrainedModel) -> set[str]:
+    def divide(model: PreTrainedModel) -> None:
         anatomies.append(read_anatomy(model, include=job.include, exclude=job.exclude))
-        return {entry.parameter for entry in anatomies[-1].eligible}
+        shard(model, mesh, {entry.parameter for entry in anatomies[-1].eligible})
 
     def guard(model: str, *, device: str, **how: Any) -> LoadedModel:
-        return load_model_divided(model, mesh, embedding=False, **how)
+        return load_model_divided(model, mesh, lambda made: shard(made, mesh, set(), embedding=False), **how)
 
     loaded = load_model_divided(
-        job.model,
-        mesh,
-        revision=job.revision,
-        dtype=job.dtype,
-        trust_remote_code=job.trust_remote_code,
-        wanted=eligible,
+        job.model, mesh, divide, revision=job.revision, dtype=job.dtype, trust_remote_code=job.trust_remote_code
     )
     judge = load_whole_judge(job, placed, guard)
     return loaded, judge, Divided(anatomies[-1], sigmas(loaded, anatomies[-1]))

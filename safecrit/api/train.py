@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from safecrit import distributed
 from safecrit.adapter import merge_adapter, peft_module
+from safecrit.anatomy import read_anatomy
 from safecrit.cardfigures import add_evaluation, evaluated, read_results
 from safecrit.delta import Delta, apply_delta
+from safecrit.divided import load_model_divided
 from safecrit.errors import SafecritError
 from safecrit.files import checkpoint_tensors, write_json
 from safecrit.fingerprint import accepted_fingerprints
+from safecrit.fsdp import all_ranks, from_first_whole, shard
 from safecrit.lora import LoraSettings, merged_result, train_adapter
 from safecrit.maskfile import Mask
-from safecrit.models import load_model, resolve_folder
+from safecrit.models import LoadedModel, load_model, pick_device, resolve_folder
+from safecrit.placement import place
 from safecrit.progress import Reporter, quiet_reporter
 from safecrit.traindata import TrainData, read_examples
 from safecrit.training import TrainResult, headline, run_set, run_spa
 from safecrit.training_output import write_set_output, write_spa_output
 from safecrit.trainloop import TrainSettings
 from safecrit.verification import VerifyReport, verify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["LoraSettings", "TrainJob", "TrainOutcome", "check_inputs", "headline", "run_training"]
 
@@ -68,8 +78,6 @@ def check_inputs(job: TrainJob) -> Mask:
     """Find the user's mistakes before an output folder is made; the mask, checked to be this model's."""
     if distributed.current().world > 1 and job.lora is not None:
         raise SafecritError("--use-peft trains in one process: start it without torchrun.")
-    if job.parallel == "shard":
-        raise SafecritError(f"--parallel shard: `{job.mode}` keeps the whole model on every rank. Use replicate.")
     folder = resolve_folder(job.model, revision=job.revision)
     mask = Mask.load(job.mask)
     if job.lora is not None:
@@ -87,13 +95,18 @@ def read_data(job: TrainJob) -> tuple[TrainData, TrainData | None]:
     return read_examples(job.data, job.limit), read_examples(job.retain) if job.retain else None
 
 
-def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter) -> TrainOutcome:
-    """Train, write `folder`, and verify the files written against the base; of several ranks the first does that."""
+def run_training(
+    job: TrainJob, folder: Path, report: Reporter = quiet_reporter, parallel: str = "replicate"
+) -> TrainOutcome:
+    """Train, write `folder`, and verify the files written against the base; of several ranks the first does that.
+
+    parallel: replicate, or shard, which divides the model over the ranks.
+    """
     mask = Mask.load(job.mask)
     if job.lora is not None:
         outcome = _run_lora(job, job.lora, mask, folder, report)
     else:
-        outcome = _run(job, mask, folder, report)
+        outcome = _run(job, mask, folder, report, parallel)
     if job.results is not None and distributed.current().first:
         results = read_results(job.results)
         base = accepted_fingerprints(resolve_folder(job.model, revision=job.revision))[0]
@@ -101,15 +114,9 @@ def run_training(job: TrainJob, folder: Path, report: Reporter = quiet_reporter)
     return outcome
 
 
-def _run(job: TrainJob, mask: Mask, folder: Path, report: Reporter) -> TrainOutcome:
+def _run(job: TrainJob, mask: Mask, folder: Path, report: Reporter, parallel: str) -> TrainOutcome:
     data, retain = read_data(job)
-    loaded = load_model(
-        job.model,
-        revision=job.revision,
-        device=job.device,
-        dtype=job.dtype,
-        trust_remote_code=job.trust_remote_code,
-    )
+    loaded = _load(job, mask, parallel)
     run = run_set if job.mode == "set" else run_spa
     checkpoints = folder / "safecrit" / "checkpoints"
     settings = _same_global_batch(job.settings, checkpoints / "batch.json") if job.settings.save_steps else job.settings
@@ -126,14 +133,32 @@ def _run(job: TrainJob, mask: Mask, folder: Path, report: Reporter) -> TrainOutc
             allow_other_weights=job.allow_other_weights,
         )
 
-    def write() -> VerifyReport:
+    def write(whole: Callable[[str], torch.Tensor]) -> VerifyReport:
         if job.mode == "spa":
-            write_spa_output(loaded, mask, folder, result, overwrite=True)
+            write_spa_output(loaded, mask, folder, result, whole=whole, overwrite=True)
             return verify(folder, loaded.folder, mask, "spa")
         write_set_output(loaded, mask, folder, result, job.save, overwrite=True)
         return _verify_set(job, folder, loaded.folder, mask)
 
-    return TrainOutcome(result=result, verified=distributed.from_first(write), skipped=data.empty)
+    return TrainOutcome(result=result, verified=from_first_whole(loaded.model, write), skipped=data.empty)
+
+
+def _load(job: TrainJob, mask: Mask, parallel: str) -> LoadedModel:
+    """The model, whole or divided over the ranks; float32 where it is divided and a dense optimizer trains it."""
+    source: dict[str, Any] = {"revision": job.revision, "trust_remote_code": job.trust_remote_code}
+    if parallel != "shard":
+        return load_model(job.model, device=job.device, dtype=job.dtype, **source)
+    mesh = all_ranks(pick_device(job.device))
+
+    def divide(model: PreTrainedModel) -> None:
+        if model.dtype == torch.float16:
+            model.float()
+        names = {name for name, _ in model.named_parameters()}
+        wanted = set(place(mask, read_anatomy(model))) if job.mode == "set" else names
+        shard(model, mesh, wanted, mean=True, compute=torch.bfloat16 if job.settings.bf16 else None)
+
+    dtype = "float32" if job.mode == "spa" else job.dtype
+    return load_model_divided(job.model, mesh, divide, dtype=dtype, **source)
 
 
 def _same_global_batch(settings: TrainSettings, file: Path) -> TrainSettings:

@@ -170,7 +170,7 @@ def _run(
 ) -> None:
     from dataclasses import fields
 
-    from safecrit import distributed
+    from safecrit import distributed, faults
     from safecrit.api.train import TrainJob, check_inputs, headline, run_training
     from safecrit.errors import CheckFailed
     from safecrit.hub import push
@@ -215,9 +215,10 @@ def _run(
     if folder.resumed:
         sink.note(f"resuming the interrupted run in {folder.path}")
     sink.line(training_line)
+    parallel = "shard" if job.parallel == "shard" and faults.watching() else "replicate"
     if (ranks := distributed.current().world) > 1:
-        sink.note(f"{ranks} ranks: replicate (every rank has the whole model)")
-    outcome = run_training(job, folder.path, sink.progress)
+        sink.note(f"{ranks} ranks: {parallel} (as asked for)")
+    outcome = run_training(job, folder.path, sink.progress, parallel)
     result, report = outcome.result, outcome.verified
     if outcome.skipped:
         sink.warn(f"{outcome.skipped} rows without prompt or answer were left out")

@@ -1,4 +1,4 @@
-"""Run by torchrun: a command line of safecrit, on a rank of which something goes wrong at a certain batch of `score` or `set`."""
+"""Run by torchrun: a command line of safecrit, on a rank of which something goes wrong at a certain batch of `score`, `set` or `spa`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def disturbed(*arguments: Any) -> Any:
 if __name__ == "__main__":
     rank, at, how, *command = sys.argv[1:]
     if os.environ["RANK"] == rank:
-        if command[0] == "set":
+        if command[0] in ("set", "spa"):
             from safecrit.trainloop import _Trainer
 
             inner, _Trainer.training_step = _Trainer.training_step, lambda *a: disturbed(*a)

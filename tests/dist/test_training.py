@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,8 +20,14 @@ from tests.dist.launch import run, torchrun
 from tests.dist.world import World
 
 BATCH = 4  # accumulation times ranks
-CASES = [("set", "dense"), ("set", "moe"), ("spa", "tied")]
-SLOW = [("set", "tied"), ("spa", "dense"), ("spa", "moe")]
+MODES, MODELS, PARALLEL = ("set", "spa"), ("dense", "tied", "moe"), ("replicate", "shard")
+CASES = [
+    ("set", "dense", "replicate"),
+    ("spa", "tied", "replicate"),
+    ("set", "tied", "shard"),
+    ("set", "moe", "shard"),
+    ("spa", "tied", "shard"),
+]
 
 
 def train(world: World, mode: str, model: str, out: Path, ranks: int, *more: object) -> list[str]:
@@ -70,43 +77,59 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_weights_are_those_of_one_process(ranks: int, world: World) -> None:
-    cases = CASES + (SLOW if ranks > 2 else [])
+    cases = CASES if ranks == 2 else list(itertools.product(MODES, MODELS, PARALLEL))
     out = world.folder / str(ranks)
-    commands = [train(world, mode, model, out / f"{mode}-{model}", ranks) for mode, model in cases]
+    folders = {case: out / "-".join(case) for case in cases}
+    commands = [
+        train(world, mode, model, folder, ranks, "--parallel", parallel)
+        for (mode, model, parallel), folder in folders.items()
+    ]
     code, _, err = run(torchrun(ranks, "tests.dist.commands", json.dumps(commands)), 240)
     assert code == 0, err
-    assert err.count(f"{ranks} ranks: replicate") == len(cases)
-    for mode, model in cases:
+    for parallel in PARALLEL:
+        assert err.count(f"{ranks} ranks: {parallel}") == sum(case[2] == parallel for case in cases)
+    for (mode, model, parallel), folder in folders.items():
         expected = world.folder / f"1-{ranks}" / f"{mode}-{model}"
-        alone(train(world, mode, model, expected, 1))
-        assert_same_weights(world, mode, model, expected, out / f"{mode}-{model}")
-        one, several = (json.loads((place / "safecrit/training.json").read_text()) for place in (expected, out / f"{mode}-{model}"))
+        if not expected.exists():
+            alone(train(world, mode, model, expected, 1))
+        assert_same_weights(world, mode, model, expected, folder)
+        one, several = (json.loads((place / "safecrit/training.json").read_text()) for place in (expected, folder))
         assert one["tokens"] == several["tokens"] and one["data"] == several["data"]
         assert several["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert several["grad_norms"] == pytest.approx(one["grad_norms"], rel=1e-4)
+        assert [row["trained"] for row in one["moved"]] == [row["trained"] for row in several["moved"]]
+        if (mode, parallel) == ("set", "replicate"):
+            selected = several["trained"]
+            assert several["sent_bytes"]["gradients"] <= 20 * 1.1 * 2 * (ranks - 1) / ranks * 4 * selected
 
 
-def test_a_killed_run_goes_on(world: World, tmp_path: Path) -> None:
+KILLED = [("set", "dense", "shard"), ("set", "moe", "replicate"), ("spa", "tied", "shard")]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if n else []) for n, case in enumerate(KILLED)]
+)
+def test_a_killed_run_goes_on(case: tuple[str, str, str], world: World, tmp_path: Path) -> None:
+    mode, model, parallel = case
     killed = tmp_path / "killed"
-    command = train(world, "set", "dense", killed, 2)
-    code, _, err = run(torchrun(2, "tests.dist.dying", 1, 21, "kill", *command), 100)
+    command = train(world, mode, model, killed, 2, "--parallel", parallel)
+    dying = [1, 11 * BATCH // 2, "kill", *command]
+    code, _, err = run(torchrun(2, "tests.dist.dying", *dying), 100)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(errors) == 1, err
     assert errors[0].startswith("error: rank 1 of 2 (") and "fell silent: killed" in errors[0]
     assert list(killed.glob("safecrit/checkpoints/checkpoint-8")) and not (killed / "config.json").exists()
     assert not list(killed.rglob(".*.part"))
-    expected, again = tmp_path / "expected", tmp_path / "again"
-    alone(train(world, "set", "dense", expected, 1))
+    expected = tmp_path / "expected"
+    alone(train(world, mode, model, expected, 1))
+    again = tmp_path / "again"
     shutil.copytree(killed, again)
-    resumed = train(world, "set", "dense", again, 2)
-    alone(resumed)
-    assert_same_weights(world, "set", "dense", expected, again)
-    code, _, err = run(torchrun(2, "safecrit", *command), 100)
-    assert code == 0 and "resuming the interrupted run" in err, err
-    assert_same_weights(world, "set", "dense", expected, killed)
-
-
-def test_a_divided_model_is_refused(world: World, tmp_path: Path) -> None:
-    from safecrit.errors import SafecritError
-
-    with pytest.raises(SafecritError, match="--parallel shard"):
-        alone(train(world, "set", "dense", tmp_path / "out", 1, "--parallel", "shard"))
+    alone(train(world, mode, model, again, 2, "--parallel", parallel))
+    assert_same_weights(world, mode, model, expected, again)
+    for ranks in (2,) if case == KILLED[0] else (4,):
+        again = tmp_path / str(ranks)
+        shutil.copytree(killed, again)
+        command = train(world, mode, model, again, 2, "--parallel", parallel)
+        code, _, err = run(torchrun(ranks, "safecrit", *command), 100)
+        assert code == 0 and "resuming the interrupted run" in err, err
+        assert_same_weights(world, mode, model, expected, again)
