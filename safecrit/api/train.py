@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -17,10 +17,11 @@ from safecrit.anatomy import read_anatomy
 from safecrit.api.trainplacing import check_parallel
 from safecrit.cardfigures import add_evaluation, evaluated, read_results
 from safecrit.delta import Delta, apply_delta
+from safecrit.divided import load_model_divided
 from safecrit.errors import SafecritError
 from safecrit.files import checkpoint_tensors, write_json
 from safecrit.fingerprint import accepted_fingerprints
-from safecrit.fsdp import all_ranks, from_first_whole, in_turn, shard
+from safecrit.fsdp import all_ranks, from_first_whole, shard
 from safecrit.lora import LoraSettings, merged_result, train_adapter
 from safecrit.maskfile import Mask
 from safecrit.models import LoadedModel, load_model, pick_device, resolve_folder
@@ -31,6 +32,9 @@ from safecrit.training import TrainResult, headline, run_set, run_spa
 from safecrit.training_output import write_set_output, write_spa_output
 from safecrit.trainloop import TrainSettings
 from safecrit.verification import VerifyReport, verify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["LoraSettings", "TrainJob", "TrainOutcome", "check_inputs", "headline", "run_training"]
 
@@ -146,16 +150,15 @@ def _load(job: TrainJob, mask: Mask, parallel: str) -> LoadedModel:
         return load_model(job.model, device=job.device, dtype=job.dtype, **source)
     mesh = all_ranks(pick_device(job.device))
 
-    def divided() -> LoadedModel:
-        loaded = load_model(job.model, device="cpu", dtype="float32" if job.mode == "spa" else job.dtype, **source)
-        if loaded.model.dtype == torch.float16:
-            loaded.model.float()
-        names = {name for name, _ in loaded.model.named_parameters()}
-        wanted = set(place(mask, read_anatomy(loaded.model))) if job.mode == "set" else names
-        shard(loaded.model, mesh, wanted, mean=True, compute=torch.bfloat16 if job.settings.bf16 else None)
-        return loaded
+    def divide(model: PreTrainedModel) -> None:
+        if model.dtype == torch.float16:
+            model.float()
+        names = {name for name, _ in model.named_parameters()}
+        wanted = set(place(mask, read_anatomy(model))) if job.mode == "set" else names
+        shard(model, mesh, wanted, mean=True, compute=torch.bfloat16 if job.settings.bf16 else None)
 
-    return in_turn(divided)
+    dtype = "float32" if job.mode == "spa" else job.dtype
+    return load_model_divided(job.model, mesh, divide, dtype=dtype, **source)
 
 
 def _same_global_batch(settings: TrainSettings, file: Path) -> TrainSettings:
