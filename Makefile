@@ -56,6 +56,8 @@ gpu:
 	$(PYTHON) benchmarks/matrix_std.py --device cuda --save
 	$(PYTHON) benchmarks/adamw.py --device cuda --save
 	$(PYTHON) benchmarks/select_top.py --device cuda --save
+	$(PYTHON) benchmarks/whole_job.py --size 8b --device cuda --save
+	$(PYTHON) benchmarks/whole_job.py --size 8b --device cuda --ranks 1 --save
 	$(PYTHON) -m safecrit doctor
 
 clean:

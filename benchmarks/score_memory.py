@@ -52,7 +52,7 @@ def make_tokenizer(words: int = WORDS) -> Any:
     return made
 
 
-def make_model(folder: Path, sizes: dict[str, int], dtype: str, tokenizer: Any) -> None:
+def make_model(folder: Path, sizes: dict[str, int], dtype: str, tokenizer: Any, device: str = "cpu") -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -69,7 +69,9 @@ def make_model(folder: Path, sizes: dict[str, int], dtype: str, tokenizer: Any) 
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -44,6 +44,10 @@ class Ranks:
         """Whether this rank prints and writes what all share."""
         return self.rank == 0
 
+    def __str__(self) -> str:
+        """How many there are, in words."""
+        return f"{self.world} rank{'s' if self.world > 1 else ''}"
+
 
 _current = Ranks()
 _sent: dict[str, int] = {}

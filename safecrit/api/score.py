@@ -66,7 +66,7 @@ def run_score(
     prompts = read_prompts(job.prompts, job.limit) if job.prompts is not None else []
     placed = distributed.from_first(lambda: place(job))
     if placed.parallel is not None:
-        note(f"{distributed.current().world} ranks: {placed.parallel} ({placed.parallel_reason})")
+        note(f"{distributed.current()}: {placed.parallel} ({placed.parallel_reason})")
     if placed.parallel == "shard":
         loaded, judge, divided = load_divided(job, placed)
     else:

@@ -221,8 +221,7 @@ def _run(
     parallel, reason = "replicate", ""
     if faults.watching():
         parallel, reason = distributed.from_first(lambda: parallel_mode(job))
-    if (world := distributed.current().world) > 1:
-        sink.note(f"{world} ranks: {parallel} ({reason})")
+        sink.note(f"{distributed.current()}: {parallel} ({reason})")
     outcome = run_training(job, folder.path, sink.progress, parallel)
     result, report = outcome.result, outcome.verified
     if outcome.skipped:
