@@ -15,9 +15,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from safecrit import distributed
+from safecrit.api.train import TrainJob, run_training
 from safecrit.errors import SafecritError
+from safecrit.fsdp import shard
 from safecrit.protection import protect
 from safecrit.sparse import PURPOSE, SparseAdamW
+from safecrit.trainloop import TrainSettings
 from tests.architectures import build
 from tests.training_helpers import backward, batch, random_mask, selected
 
@@ -65,6 +68,23 @@ def test_a_model_divided_by_columns_is_refused(alone: None) -> None:
         SparseAdamW(model, mask).attach()
     with pytest.raises(SafecritError, match="rows over all ranks"):
         protect(model, mask, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_two_dtypes_in_a_block_are_refused(alone: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    model = build("llama").bfloat16()
+    model.get_submodule("model.layers.1.self_attn").float()
+    names = {name for name, _ in model.named_parameters()}
+    with pytest.raises(SafecritError, match="weights in bfloat16 and float32"):
+        shard(model, init_device_mesh("cpu", (1,)), names)
+
+
+def test_adafactor_is_refused_on_a_divided_model(tmp_path: Path) -> None:
+    settings = TrainSettings(optim="adafactor")
+    job = TrainJob(mode="spa", model="m", mask=tmp_path / "no", data="no", settings=settings)
+    with pytest.raises(SafecritError, match="--optim adafactor"):
+        run_training(job, tmp_path, parallel="shard")
 
 
 def test_a_wrapped_model_of_one_process_trains(alone: None) -> None:

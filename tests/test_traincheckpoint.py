@@ -15,8 +15,10 @@ from safecrit.errors import SafecritError
 from safecrit.masked import MaskedAdamW
 from safecrit.sparse import SparseAdamW
 from safecrit.traincheckpoint import load_state, save_state
+from safecrit.training import run_set
+from safecrit.trainloop import TrainSettings
 from tests.architectures import build
-from tests.training_helpers import backward, random_mask
+from tests.training_helpers import backward, fitting_mask, folder_model, pairs, random_mask
 
 Made = tuple[torch.nn.Module, torch.optim.Optimizer]
 
@@ -85,3 +87,24 @@ def test_what_a_save_ends_with(
     monkeypatch.setattr(FileSystemWriter, "write_data", write)
     with pytest.raises(raised, match=message):
         save_state(tmp_path, *trained(sparse))
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("transformers.TrainerState.save_to_json", OSError(28, "No space left on device")),
+        # What torch.save says of it.
+        ("transformers.Trainer._save_rng_state", RuntimeError("[enforce fail at inline_container.cc:672] . ")),
+    ],
+)
+def test_a_run_tells_of_a_full_disk(
+    where: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: Any) -> None:
+        raise error
+
+    loaded = folder_model("llama", tmp_path / "model")
+    monkeypatch.setattr(where, write)
+    settings = TrainSettings(max_steps=1, gradient_accumulation_steps=1, save_steps=1)
+    with pytest.raises(SafecritError, match="a checkpoint cannot be written"):
+        run_set(loaded, fitting_mask(loaded, 0.1), pairs(("a", "b")), settings=settings, checkpoints=tmp_path / "out")

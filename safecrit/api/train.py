@@ -102,6 +102,11 @@ def run_training(
 
     parallel: replicate, or shard, which divides the model over the ranks.
     """
+    if parallel == "shard" and job.settings.optim == "adafactor":
+        raise SafecritError(
+            "--optim adafactor: its statistics of rows and columns cannot follow weights that are divided by rows. "
+            "Use --parallel replicate, or --optim adamw_torch."
+        )
     mask = Mask.load(job.mask)
     if job.lora is not None:
         outcome = _run_lora(job, job.lora, mask, folder, report)
@@ -151,14 +156,13 @@ def _load(job: TrainJob, mask: Mask, parallel: str) -> LoadedModel:
     mesh = all_ranks(pick_device(job.device))
 
     def divide(model: PreTrainedModel) -> None:
-        if model.dtype == torch.float16:
+        if job.mode == "spa" or model.dtype == torch.float16:
             model.float()
         names = {name for name, _ in model.named_parameters()}
         wanted = set(place(mask, read_anatomy(model))) if job.mode == "set" else names
         shard(model, mesh, wanted, mean=True, compute=torch.bfloat16 if job.settings.bf16 else None)
 
-    dtype = "float32" if job.mode == "spa" else job.dtype
-    return load_model_divided(job.model, mesh, divide, dtype=dtype, **source)
+    return load_model_divided(job.model, mesh, divide, dtype=job.dtype, **source)
 
 
 def _same_global_batch(settings: TrainSettings, file: Path) -> TrainSettings:
