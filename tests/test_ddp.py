@@ -22,7 +22,7 @@ from safecrit.protection import protect
 from safecrit.sparse import PURPOSE, SparseAdamW
 from safecrit.trainloop import TrainSettings
 from tests.architectures import build
-from tests.training_helpers import backward, batch, random_mask, selected
+from tests.training_helpers import backward, batch, fitting_mask, folder_model, random_mask, selected
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo backend")
 
@@ -85,6 +85,16 @@ def test_adafactor_is_refused_on_a_divided_model(tmp_path: Path) -> None:
     job = TrainJob(mode="spa", model="m", mask=tmp_path / "no", data="no", settings=settings)
     with pytest.raises(SafecritError, match="--optim adafactor"):
         run_training(job, tmp_path, parallel="shard")
+
+
+def test_spa_in_a_coarser_dtype_keeps_the_bits_of_frozen_weights(tmp_path: Path) -> None:
+    loaded = folder_model("llama", tmp_path / "model")
+    fitting_mask(loaded, 0.1).save(tmp_path / "mask.safetensors")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    settings = TrainSettings(max_steps=1, gradient_accumulation_steps=1)
+    where = {"model": str(loaded.folder), "mask": tmp_path / "mask.safetensors", "data": str(tmp_path / "data.jsonl")}
+    job = TrainJob(mode="spa", dtype="bfloat16", device="cpu", settings=settings, **where)
+    assert run_training(job, tmp_path / "out").verified.ok
 
 
 def test_a_wrapped_model_of_one_process_trains(alone: None) -> None:
