@@ -173,7 +173,7 @@ def worker(rank: int, size: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_protect_as_one(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from tests.test_distributed import worker\n"
+    code = "import sys, pathlib; from tests.test_ddp import worker\n"
     code += "worker(int(sys.argv[1]), 2, pathlib.Path(sys.argv[2]))"
     root = Path(__file__).resolve().parents[1]
     environment = os.environ | {"PYTHONPATH": str(root)}
