@@ -45,7 +45,7 @@ def load_model_divided(
 ) -> LoadedModel:
     """`load_model`, with every rank of `mesh` given its rows; all of them call it together.
 
-    divide: calls `shard` on the model it is given, which has no weights yet, and may change their dtype before.
+    divide: calls `shard` on the model it is given, and may change the weights' dtype before; they are not read yet.
     Arguments, result and errors are `load_model`'s otherwise. A checkpoint whose tensors are not found as they
     would be saved (one that is no safetensors file, say) is loaded whole, by one rank of a host after the other.
     """

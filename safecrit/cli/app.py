@@ -123,7 +123,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-RANKED = ("score", "mask", "set", "spa", "eval")
+RANKED = ("score", "mask", "set", "spa", "eval", "run")
 
 
 @app.callback()

@@ -14,6 +14,7 @@ from safecrit.cli.sink import Sink
 STAGES = ("score", "mask", "set", "spa", "eval", "perturb", "report")
 PLACES = {"score": "scores", "mask": "mask.safetensors", "set": "model", "spa": "model", "eval": "results"}
 STATE = "run.yaml"
+ALONE = ("perturb", "report")  # stages of one process
 
 RecipeFile = Annotated[Path | None, typer.Argument(metavar="RECIPE", help="YAML file: model, output, and stages.")]
 Init = Annotated[str | None, typer.Option("--init", metavar="MODEL", help="Write a commented recipe for MODEL.")]
@@ -30,6 +31,7 @@ def run(
     output: Output = None,
     dry_run: DryRun = False,
     overwrite: o.Overwrite = False,
+    dist_timeout: o.DistTimeout = o.DIST_TIMEOUT_S,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
@@ -37,7 +39,8 @@ def run(
 
     A section's keys are the command's long options. Run again, it goes on where
     it stopped; a changed section asks for --overwrite and is then done anew,
-    with those after it.
+    with those after it. Under torchrun the stages run on all ranks; what is for one process is left
+    to a run without it.
     """
     from safecrit.errors import UsageError
 
@@ -47,7 +50,11 @@ def run(
     if init is not None:
         _init(init, output or Path("recipe.yaml"), overwrite, sink)
     else:
+        from safecrit import distributed
+
         assert recipe is not None
+        if not dry_run:
+            distributed.start(dist_timeout)
         _Run(recipe, output, overwrite, quiet, sink).go(dry_run=dry_run)
 
 
@@ -55,6 +62,7 @@ class _Run:
     """One recipe and its output folder."""
 
     def __init__(self, recipe: Path, output: Path | None, overwrite: bool, quiet: bool, sink: Sink) -> None:
+        from safecrit import distributed
         from safecrit.errors import SafecritError
 
         self.sections = read_recipe(recipe)
@@ -63,10 +71,13 @@ class _Run:
             raise SafecritError(f"{recipe}: names no output folder. Add `output: FOLDER`, or use -o.")
         self.recipe, self.folder = recipe, Path(place)
         self.overwrite, self.quiet, self.sink = overwrite, quiet, sink
-        self.state: dict[str, Any] = _yaml(self.folder / STATE) if (self.folder / STATE).is_file() else {}
+        self.state: dict[str, Any] = distributed.from_first(
+            lambda: _yaml(self.folder / STATE) if (self.folder / STATE).is_file() else {}
+        )
 
     def go(self, *, dry_run: bool) -> None:
         """Run what is left; CheckFailed at the end where an evaluation's gate did not hold."""
+        from safecrit import distributed
         from safecrit.errors import CheckFailed, SafecritError
 
         stages = [stage for stage in STAGES if stage in self.sections]
@@ -90,6 +101,9 @@ class _Run:
                     f"{self.folder}: its {stage} was made with other settings than {self.recipe} has now. "
                     "Use --overwrite to make it and what follows anew, or another -o."
                 )
+            if distributed.current().world > 1 and stage in ALONE:
+                self.sink.line(f"{stage} runs in one process: `safecrit run {self.recipe}` without torchrun goes on.")
+                break
             redo = redo or bool(known and (known["done"] or known["key"] != key))
             again = redo or (bool(known) and stage == "mask")  # a mask's file does not say whether it is ours
             self.save(stage, key, "", done=False)
@@ -103,24 +117,29 @@ class _Run:
                 problem = str(error)  # the figures are written; the report may still want them
                 failed.append(problem)
             self.save(stage, key, problem, done=True)
-        self.sink.line(f"Everything is in {self.folder}.")
+        else:
+            self.sink.line(f"Everything is in {self.folder}.")
         if failed:
             raise CheckFailed(" ".join(failed))
 
     def finished(self, stage: str) -> bool:
         """Whether the stage's output says so itself: the run was killed before it could note that."""
+        from safecrit import distributed
+
         inside = "safecrit" if stage in ("set", "spa") else ""
         file = self.place(stage) / inside / "config.yaml"
-        return file.is_file() and bool(_yaml(file).get("finished"))
+        return distributed.from_first(lambda: file.is_file() and bool(_yaml(file).get("finished")))
 
     def save(self, stage: str, key: str, failed: str, *, done: bool) -> None:
         """Keep how far it got."""
         import yaml
 
+        from safecrit import distributed
         from safecrit.files import write_text
 
         self.state[stage] = {"key": key, "failed": failed, "done": done}
-        write_text(self.folder / STATE, yaml.safe_dump(self.state, sort_keys=True))
+        if distributed.current().first:
+            write_text(self.folder / STATE, yaml.safe_dump(self.state, sort_keys=True))
 
     def place(self, stage: str) -> Path:
         """Where a stage's output lies."""
