@@ -9,6 +9,7 @@ import torch
 
 from safecrit import distributed, faults
 from safecrit.activations import decoder_layers
+from safecrit.errors import SafecritError
 from safecrit.placement import is_divided, local
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def shard(
 
     wanted: parameters whose gradients will be asked for. embedding: divide the input embedding (and a head
     tied to it) too; not where it is called by itself. mean: gradients are averages over the ranks, else sums.
-    compute: the dtype of gathered weights, where that is not their own.
+    compute: the dtype of gathered weights, where that is not their own. Raises SafecritError where wanted
+    parameters of one decoder block differ in dtype, since FSDP2 reduces their gradients in one piece.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -63,6 +65,15 @@ def shard(
     if not embedding:
         table = model.get_input_embeddings()
         whole.update((table if model.device.type == "meta" else table.to(mesh.device_type)).parameters())
+    left = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for module in (*decoder_layers(model), model):
+        own = left.intersection(module.parameters())
+        left -= own
+        if len(dtypes := {str(parameter.dtype).removeprefix("torch.") for parameter in own}) > 1:
+            raise SafecritError(
+                f"{type(module).__name__}: has weights in {' and '.join(sorted(dtypes))}, which cannot be divided "
+                "together. Use --parallel replicate, or --dtype float32."
+            )
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # Without resharding, the root's parameters would stay whole after the forward passes of generation.

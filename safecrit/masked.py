@@ -17,9 +17,9 @@ from safecrit.placement import local
 class MaskedAdamW(torch.optim.AdamW):
     """AdamW whose step leaves the entries given to `freeze` and their moments bit-identical.
 
-    Arguments as torch.optim.AdamW's; parameters must be contiguous. Of those that FSDP2 divides, each rank updates its
-    rows. The arithmetic is torch's in float32, so results
-    agree with it to rounding. Raises ValueError for amsgrad and other variants (an unknown argument).
+    Arguments as torch.optim.AdamW's; parameters must be contiguous. Of those that FSDP2 divides, each rank updates
+    its rows. The arithmetic is torch's in float32, so results agree with it to rounding. Raises ValueError for
+    amsgrad and other variants (an unknown argument).
     """
 
     def __init__(

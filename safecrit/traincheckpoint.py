@@ -9,15 +9,20 @@ and when it resumes it leaves out all that transformers has fused or renamed).
 
 from __future__ import annotations
 
+import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -27,6 +32,7 @@ from safecrit.placement import local
 from safecrit.sparse import SparseAdamW
 
 _FOLDER = "state"
+GO_ON = "Free disk space; the same command then goes on from the last whole checkpoint."
 _STEPS, _MASK, _KINDS = "steps", "mask", ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -34,7 +40,7 @@ def save_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
     """Write `folder`/state; all ranks call it. SafecritError where it cannot be written."""
     state = _sparse(optimizer) if isinstance(optimizer, SparseAdamW) else _dense(model, optimizer)
     target = folder / _FOLDER
-    _guarded(lambda: save(state, checkpoint_id=target, no_dist=_alone()), f"{target}: cannot be written")
+    _guarded(lambda: save(state, checkpoint_id=target, no_dist=_alone()), f"{target}: cannot be written", GO_ON)
 
 
 def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -46,28 +52,43 @@ def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
     if not (target / ".metadata").is_file():
         raise SafecritError(f"{target}: is no saved state of this version. Remove {folder} to restart.")
     failed = f"{target}: is of another run, or broken. Remove {folder.parent} to restart"
+    try:
+        saved = FileSystemReader(target).read_metadata().state_dict_metadata
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise SafecritError(f"{failed} ({_said(error)}).") from error
     if isinstance(optimizer, SparseAdamW):
-        _load_sparse(target, optimizer, failed)
+        _load_sparse(target, saved, optimizer, failed)
         return
     state = _dense(model, optimizer)
+    states = state["optimizer"]["state"]
+    for name in list(states):  # torch makes one for all; a parameter that never got a gradient had none to save
+        if f"weights.{name}" in saved and not any(key.startswith(f"optimizer.state.{name}.") for key in saved):
+            del states[name]
     _guarded(lambda: load(state, checkpoint_id=target, no_dist=_alone()), failed)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(strict=False))
 
 
 def _alone() -> bool:
     return distributed.processes() == 1
 
 
-def _guarded(do: Callable[[], Any], message: str) -> None:
+def _guarded(do: Callable[[], Any], message: str, advice: str = "") -> None:
     """Run a function of torch.distributed.checkpoint, whose errors are those of any rank, in a class of its own."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # one that a killed run began
             do()
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
         where = f" on rank {rank}" if distributed.processes() > 1 else ""
-        raise SafecritError(f"{message} ({type(cause).__name__}{where}: {str(cause).splitlines()[0][:200]}).") from None
+        raise SafecritError(f"{message} ({_said(cause, where)}). {advice}".strip()) from None
+
+
+def _said(error: BaseException, where: str = "") -> str:
+    return f"{type(error).__name__}{where}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def _dense(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -91,10 +112,8 @@ def _sparse(optimizer: SparseAdamW) -> dict[str, Any]:
     return {_STEPS: torch.tensor(steps), _MASK: _digest(optimizer), **found}
 
 
-def _load_sparse(target: Path, optimizer: SparseAdamW, failed: str) -> None:
+def _load_sparse(target: Path, sizes: Mapping[str, Any], optimizer: SparseAdamW, failed: str) -> None:
     """Each rank reads the pieces that its entries lie in; the weights are the masters, rounded."""
-    sizes: dict[str, Any] = {}
-    _guarded(lambda: sizes.update(FileSystemReader(target).read_metadata().state_dict_metadata), failed)
     optimizer.attach()
     own = list(optimizer.placed())
     head = {_STEPS: torch.empty(len(own), dtype=torch.int64), _MASK: _digest(optimizer).clone()}

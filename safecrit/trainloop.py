@@ -29,7 +29,7 @@ from safecrit.mixture import Mixture, collate
 from safecrit.models import LoadedModel
 from safecrit.protection import ProtectCallback
 from safecrit.sparse import SparseAdamW
-from safecrit.traincheckpoint import load_state, save_state
+from safecrit.traincheckpoint import GO_ON, load_state, save_state
 
 _SCHEDULER = "scheduler.pt"
 Progress = Callable[[int, int, float], None]
@@ -131,6 +131,15 @@ class _Trainer(Trainer):
         inner = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         assert isinstance(inner, torch.optim.Optimizer)
         return inner
+
+    def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
+        """SafecritError where the disk is full, of which torch.save tells in a RuntimeError of its file writer."""
+        try:
+            super()._save_checkpoint(*arguments, **more)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise
+            raise SafecritError(f"{self.args.output_dir}: a checkpoint cannot be written ({error}). {GO_ON}") from error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.model is not None and self.lr_scheduler is not None

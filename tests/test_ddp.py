@@ -15,11 +15,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from safecrit import distributed
+from safecrit.api.train import TrainJob, run_training
 from safecrit.errors import SafecritError
+from safecrit.fsdp import shard
 from safecrit.protection import protect
 from safecrit.sparse import PURPOSE, SparseAdamW
+from safecrit.trainloop import TrainSettings
 from tests.architectures import build
-from tests.training_helpers import backward, batch, random_mask, selected
+from tests.training_helpers import backward, batch, fitting_mask, folder_model, random_mask, selected
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo backend")
 
@@ -65,6 +68,33 @@ def test_a_model_divided_by_columns_is_refused(alone: None) -> None:
         SparseAdamW(model, mask).attach()
     with pytest.raises(SafecritError, match="rows over all ranks"):
         protect(model, mask, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_two_dtypes_in_a_block_are_refused(alone: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    model = build("llama").bfloat16()
+    model.get_submodule("model.layers.1.self_attn").float()
+    names = {name for name, _ in model.named_parameters()}
+    with pytest.raises(SafecritError, match="weights in bfloat16 and float32"):
+        shard(model, init_device_mesh("cpu", (1,)), names)
+
+
+def test_adafactor_is_refused_on_a_divided_model(tmp_path: Path) -> None:
+    settings = TrainSettings(optim="adafactor")
+    job = TrainJob(mode="spa", model="m", mask=tmp_path / "no", data="no", settings=settings)
+    with pytest.raises(SafecritError, match="--optim adafactor"):
+        run_training(job, tmp_path, parallel="shard")
+
+
+def test_spa_in_a_coarser_dtype_keeps_the_bits_of_frozen_weights(tmp_path: Path) -> None:
+    loaded = folder_model("llama", tmp_path / "model")
+    fitting_mask(loaded, 0.1).save(tmp_path / "mask.safetensors")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    settings = TrainSettings(max_steps=1, gradient_accumulation_steps=1)
+    where = {"model": str(loaded.folder), "mask": tmp_path / "mask.safetensors", "data": str(tmp_path / "data.jsonl")}
+    job = TrainJob(mode="spa", dtype="bfloat16", device="cpu", settings=settings, **where)
+    assert run_training(job, tmp_path / "out").verified.ok
 
 
 def test_a_wrapped_model_of_one_process_trains(alone: None) -> None:
@@ -143,7 +173,7 @@ def worker(rank: int, size: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_protect_as_one(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from tests.test_distributed import worker\n"
+    code = "import sys, pathlib; from tests.test_ddp import worker\n"
     code += "worker(int(sys.argv[1]), 2, pathlib.Path(sys.argv[2]))"
     root = Path(__file__).resolve().parents[1]
     environment = os.environ | {"PYTHONPATH": str(root)}

@@ -102,6 +102,11 @@ def run_training(
 
     parallel: replicate, or shard, which divides the model over the ranks.
     """
+    if parallel == "shard" and job.settings.optim == "adafactor":
+        raise SafecritError(
+            "--optim adafactor: its statistics of rows and columns cannot follow weights that are divided by rows. "
+            "Use --parallel replicate, or --optim adamw_torch."
+        )
     mask = Mask.load(job.mask)
     if job.lora is not None:
         outcome = _run_lora(job, job.lora, mask, folder, report)
@@ -144,10 +149,11 @@ def _run(job: TrainJob, mask: Mask, folder: Path, report: Reporter, parallel: st
 
 
 def _load(job: TrainJob, mask: Mask, parallel: str) -> LoadedModel:
-    """The model, whole or divided over the ranks; float32 where it is divided and a dense optimizer trains it."""
-    source: dict[str, Any] = {"revision": job.revision, "trust_remote_code": job.trust_remote_code}
+    """The model, whole or divided over the ranks; of spa in float32, since frozen weights must keep their bits."""
+    dtype = "float32" if job.mode == "spa" else job.dtype
+    source: dict[str, Any] = {"revision": job.revision, "dtype": dtype, "trust_remote_code": job.trust_remote_code}
     if parallel != "shard":
-        return load_model(job.model, device=job.device, dtype=job.dtype, **source)
+        return load_model(job.model, device=job.device, **source)
     mesh = all_ranks(pick_device(job.device))
 
     def divide(model: PreTrainedModel) -> None:
@@ -157,8 +163,7 @@ def _load(job: TrainJob, mask: Mask, parallel: str) -> LoadedModel:
         wanted = set(place(mask, read_anatomy(model))) if job.mode == "set" else names
         shard(model, mesh, wanted, mean=True, compute=torch.bfloat16 if job.settings.bf16 else None)
 
-    dtype = "float32" if job.mode == "spa" else job.dtype
-    return load_model_divided(job.model, mesh, divide, dtype=dtype, **source)
+    return load_model_divided(job.model, mesh, divide, **source)
 
 
 def _same_global_batch(settings: TrainSettings, file: Path) -> TrainSettings:
