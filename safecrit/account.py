@@ -152,6 +152,27 @@ def score_account(model: ModelShape, judge: ModelShape | None, plan: ScorePlan) 
     return Account(plan, tuple(parts), tuple(_work(model, judge, plan)))
 
 
+def divided_account(model: ModelShape, judge: ModelShape | None, account: Account, ranks: int) -> Account:
+    """The account of one of `ranks` among which FSDP2 divides model, guard and sums; a classifier stays whole."""
+    plan = replace(account.plan, placement="together")
+    if account.plan.placement != "together":
+        account = score_account(model, judge, plan)
+    names = ["model weights", "accumulators", *(["judge weights"] if judge is not None and judge.head else [])]
+    parts = []
+    for part in account.parts:
+        if part.name in names:
+            part = replace(part, bytes=-(-part.bytes // ranks))
+        if part.name != "largest weight gradient":
+            parts.append(part)
+    b = plan.itemsize
+    place: Place = "host" if plan.cpu else "device"
+    parts.append(Part("two whole layers", 2 * b * model.group, place, ("answer", "score.model")))
+    parts.append(Part("a layer's float32 gradient", 4 * model.group, place, MODEL))
+    if judge is not None and judge.head:
+        parts.append(Part("two whole layers of the judge", 2 * plan.judge_itemsize * judge.group, place, JUDGE))
+    return Account(plan, tuple(parts), account.work)
+
+
 def decide(
     model: ModelShape, judge: ModelShape | None, plan: ScorePlan, device_bytes: int, host_bytes: int | None = None
 ) -> Account:

@@ -96,6 +96,20 @@ def keep_stored_names(model: PreTrainedModel, stored: Collection[str]) -> list[s
     return missing
 
 
+def stored_buffers(model: PreTrainedModel) -> dict[str, str]:
+    """Every buffer that checkpoints hold, by its name in `named_buffers()`, with its name there.
+
+    Raises SafecritError where one is not stored as it is.
+    """
+    kept = model.state_dict().keys()
+    buffers = {name: buffer.new_empty(buffer.shape, device="meta") for name, buffer in model.named_buffers()}
+    names = {id(buffer): name for name, buffer in buffers.items() if name in kept}
+    stored = _revert(model, {names[id(buffer)]: buffer for buffer in buffers.values() if id(buffer) in names})
+    if sorted(map(id, stored.values())) != sorted(names):
+        raise SafecritError(f"{model.config.model_type}: buffers are rearranged in its checkpoint.")
+    return {names[id(buffer)]: name for name, buffer in stored.items()}
+
+
 def _saved_names(model: PreTrainedModel) -> dict[str, str]:
     """The name under which `save_pretrained` starts from each parameter -> its name in `named_parameters()`."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict

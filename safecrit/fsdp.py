@@ -48,6 +48,8 @@ def shard(
 ) -> None:
     """Divide the rows of every parameter of `model` (whole, on the CPU) over the ranks of `mesh`, on its devices.
 
+    A model on the meta device is divided there (`safecrit.divided`).
+
     wanted: parameters whose gradients will be asked for. embedding: divide the input embedding (and a head
     tied to it) too; not where it is called by itself. mean: gradients are averages over the ranks, else sums.
     compute: the dtype of gathered weights, where that is not their own.
@@ -59,7 +61,8 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     whole: set[torch.nn.Parameter] = set()
     if not embedding:
-        whole.update(model.get_input_embeddings().to(mesh.device_type).parameters())
+        table = model.get_input_embeddings()
+        whole.update((table if model.device.type == "meta" else table.to(mesh.device_type)).parameters())
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # Without resharding, the root's parameters would stay whole after the forward passes of generation.

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from safecrit import distributed
 from safecrit.adapter import Merged, adapter_headline, peft_module
 from safecrit.errors import SafecritError
 from safecrit.mixture import Mixture
 from safecrit.models import LoadedModel
 from safecrit.traindata import TrainExample
-from safecrit.training import TrainResult, training_data, training_warnings
+from safecrit.training import TrainResult, check_ranks, training_data, training_warnings
 from safecrit.trainloop import Progress, TrainRecord, TrainSettings, train
 
 
@@ -97,16 +98,19 @@ def train_adapter(
 ) -> TrainedAdapter:
     """Train an adapter on `loaded.model`, whose layers PEFT wraps in place, and save it to `folder`.
 
-    The data and checkpoints are `run_spa`'s. Raises SafecritError where PEFT refuses the settings.
+    The data and checkpoints are `run_spa`'s. Of several ranks each has the whole model, and the first saves. Raises
+    SafecritError where PEFT refuses the settings, and where the ranks' adapters are not the same in the end.
     """
     data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
     if loaded.model.dtype == torch.float16:
         loaded.model.float()
     model = adapt(loaded.model, lora, settings.seed)
     record = train(replace(loaded, model=model), data, settings, progress, checkpoints)
-    model.save_pretrained(folder)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return TrainedAdapter(folder=folder, trained=trained, settings=settings, record=record, data=data)
+    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    check_ranks(trained)
+    distributed.from_first(lambda: model.save_pretrained(folder))
+    count = sum(parameter.numel() for parameter in trained)
+    return TrainedAdapter(folder=folder, trained=count, settings=settings, record=record, data=data)
 
 
 def merged_result(adapter: TrainedAdapter, merged: Merged, total: int) -> TrainResult:

@@ -7,6 +7,7 @@ kept here, and a model in memory is measured in the same way.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ class ModelShape:
     vocabulary: rows of the logits. embedding: width of the input embedding. norm_width: entries of one token
     that pass a norm in a layer. rms: norms compute in float32. eager: attention keeps its probabilities.
     itemsize: bytes of a weight as config.json says, 4 where it says nothing. window: longest sequence in tokens.
+    group: the largest group that FSDP2 gathers at once, a layer or what lies outside the layers.
     """
 
     name: str
@@ -60,6 +62,7 @@ class ModelShape:
     embedding: int
     itemsize: int
     window: int | None
+    group: int
 
 
 def read_shape(
@@ -120,6 +123,9 @@ def shape_of(
         if matrix.component == "norm" and matrix.layer == anatomy.layers - 1 and not tensor.name.endswith("bias")
     ]
     sizes = {parameter_name: p.numel() for parameter_name, p in model.named_parameters()}
+    groups = Counter[int | None]()
+    for matrix in matrices:
+        groups[matrix.layer] += matrix.where.numel
     width = max((size for size, expert in up if expert is None), default=0)
     table: Any = model.get_input_embeddings().weight
     return ModelShape(
@@ -146,6 +152,7 @@ def shape_of(
         embedding=int(table.shape[1]),
         itemsize=next(model.parameters()).element_size(),
         window=getattr(config, "max_position_embeddings", None),
+        group=max(groups.values()),
     )
 
 

@@ -112,8 +112,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model in evaluation mode.
 
-    `dtype` `auto` keeps the checkpoint's. Raises SafecritError for a missing
-    folder, a folder that holds no causal language model, or a quantised one.
+    `dtype` `auto` keeps the checkpoint's. On device `meta` it is all but the weights and buffers, of which
+    none is read. Raises SafecritError for a missing folder, a folder that holds no causal language model, or a
+    quantised one.
     """
     from transformers import AutoModelForCausalLM
 
@@ -161,6 +162,7 @@ def _load(
             dtype="auto" if dtype == "auto" else DTYPES[dtype],
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **({"device_map": {"": "meta"}} if place.type == "meta" else {}),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SafecritError(f"{model}: cannot be loaded as {kind} ({_first_line(error)}).") from error

@@ -3,8 +3,8 @@
 All ranks go through the batch plan in rounds, one batch each; a rank that has none left
 runs another's with a gradient of zero, since every forward holds collectives. Gradients
 are reduced by SUM in float32 and reach the accumulators as this rank's rows of a runtime
-parameter; sigma, one number a logical matrix, is computed from whole weights while each
-rank loads the model, and applied when rows are put together at the end.
+parameter; sigma, one number a logical matrix, is computed from whole weights, one parameter
+at a time, before the first batch, and applied when rows are put together at the end.
 """
 
 from __future__ import annotations
@@ -19,24 +19,51 @@ from safecrit.activations import checkpointed
 from safecrit.anatomy import Anatomy, CheckpointTensor
 from safecrit.errors import SafecritError, is_out_of_memory
 from safecrit.estimators import Item
+from safecrit.files import checkpoint_tensors
 from safecrit.gradients import GradientStream, part_of, scaled_part
 from safecrit.placement import rows_here
 from safecrit.scoring import Progress, Restore, Save, Scorer, ScoreState, owners
+from safecrit.tensorfile import MappedFiles
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
 
+    from safecrit.models import LoadedModel
 
-def sigmas(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, torch.Tensor]:
-    """sigma of each logical matrix of the tensors that this rank owns, float64 by checkpoint name."""
-    parameters, rank = dict(model.named_parameters()), distributed.current().rank
-    found = {}
+
+def sigmas(loaded: LoadedModel, anatomy: Anatomy) -> dict[str, torch.Tensor]:
+    """sigma of each logical matrix of a divided model, float64 by checkpoint name; all ranks ask together.
+
+    A rank reads the tensors it owns whole: from their files, in the dtype they were loaded in, or from all ranks
+    where the folder's files do not hold them by these names (it holds no safetensors files, say).
+    """
+    rank, files, found = distributed.current().rank, MappedFiles(), {}
+    try:
+        stored = checkpoint_tensors(loaded.folder)
+    except SafecritError:
+        stored = {}
     for parameter, entries, owner in owners(anatomy):
-        for entry in entries if owner == rank else ():
+        weight = loaded.model.get_parameter(parameter)
+        if all(entry.name in stored and stored[entry.name].shape == entry.layout.shape for entry in entries):
+            own = entries if owner == rank else []
+            parts = (files.tensor(stored[entry.name]).to(weight.device, weight.dtype) for entry in own)
+        else:
+            whole = _whole_to(loaded.model, parameter, owner, "sigma")
+            own = entries if whole is not None else []
+            parts = (part_of(whole, entry) for entry in own if whole is not None)
+        for entry, part in zip(own, parts, strict=True):
             patterns = [matrix.where for matrix in entry.layout.matrices]
-            found[entry.name] = ops.matrix_std(part_of(parameters[parameter].detach(), entry), patterns).cpu()
-    return found
+            narrow = part.float() if part.dtype == torch.float64 else part
+            found[entry.name] = ops.matrix_std(narrow, patterns).cpu()
+        files.release()
+    return {name: values for part in distributed.gather(found) for name, values in part.items()}
+
+
+def _whole_to(model: PreTrainedModel, parameter: str, owner: int, purpose: str) -> torch.Tensor | None:
+    """A divided runtime parameter put together on rank `owner`; None on the others."""
+    weight: DTensor = model.get_parameter(parameter).data  # type: ignore[assignment]
+    return distributed.rows_to(weight.to_local(), tuple(weight.shape), owner, purpose)
 
 
 class ShardedStream(GradientStream):
@@ -176,5 +203,4 @@ class ShardedScorer(Scorer):
             yield entry, scaled_part(entry, whole, self.stream.sigma[entry.name])
 
     def _weight(self, parameter: str, owner: int) -> torch.Tensor | None:
-        weight = dict(self.model.named_parameters())[parameter].data
-        return distributed.rows_to(weight.to_local(), tuple(weight.shape), owner, "scores")  # type: ignore[attr-defined]
+        return _whole_to(self.model, parameter, owner, "scores")

@@ -121,7 +121,9 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def _open(self) -> None:
         """Attach as the first forward begins; SafecritError where FSDP2 came after this optimizer, unseen by it."""
-        divided = any(is_divided(parameter) for parameter in self._model.parameters())
+        from torch.distributed.fsdp import FSDPModule
+
+        divided = any(isinstance(module, FSDPModule) for module in self._model.modules())
         if divided and not self._hooks and not any(self._divided()):
             raise SafecritError(
                 "the model was divided after SparseAdamW was made. Make it after fully_shard, or call attach() then."

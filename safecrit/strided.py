@@ -9,7 +9,7 @@ GPT-2's `c_attn`, the query rows of every head in GPT-NeoX).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,36 @@ class Strided:
         for size, stride in zip(self.shape, self.strides, strict=True):
             index = index.unsqueeze(-1) + torch.arange(size, dtype=torch.int64) * stride
         return index.reshape(-1)
+
+    def within(self, low: int, high: int) -> Iterator[tuple[tuple[slice, ...], Strided]]:
+        """The elements at flat indices from `low` to before `high`: boxes of the pattern, and what each names.
+
+        Strides must be positive.
+        """
+        yield from self._within(low, high, tuple(slice(0, n) for n in self.shape))
+
+    def _within(self, low: int, high: int, box: tuple[slice, ...]) -> Iterator[tuple[tuple[slice, ...], Strided]]:
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        if not self.numel or last < low or self.offset >= high:
+            return
+        if low <= self.offset and last < high:
+            yield box, self
+            return
+        # Cut along the outermost dimension: slice i holds places from offset + i * stride to `reach` after it.
+        stride, d = max((s, d) for d, (n, s) in enumerate(zip(self.shape, self.strides, strict=True)) if n > 1)
+        size = self.shape[d]
+        reach = last - self.offset - (size - 1) * stride
+        first = max(0, -(-(low - self.offset) // stride))
+        stop = max(first, min(size, (high - 1 - reach - self.offset) // stride + 1))
+        touched = range(
+            max(0, -(-(low - reach - self.offset) // stride)), min(size, (high - 1 - self.offset) // stride + 1)
+        )
+        inside = [(first, stop)] if first < stop else []
+        for start, end in [*((i, i + 1) for i in touched if not first <= i < stop), *inside]:
+            shape = (*self.shape[:d], end - start, *self.shape[d + 1 :])
+            where = slice(box[d].start + start, box[d].start + end)
+            part = Strided(self.offset + start * stride, shape, self.strides)
+            yield from part._within(low, high, (*box[:d], where, *box[d + 1 :]))
 
     def contains(self, flat: torch.Tensor) -> torch.Tensor:
         """Which of `flat` (int64 [n]) belong to the pattern, bool [n]; dimensions must nest."""

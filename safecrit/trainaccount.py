@@ -26,9 +26,10 @@ _MOMENTS = {"sgd": 0, "adafactor": 0, "adamw_bnb_8bit": 0.5, "adamw_8bit": 0.5, 
 class TrainPlan:
     """What a run does. selected: weights in the mask. itemsize: bytes a weight while it is trained.
 
-    rows, tokens: of the micro-batch with the most tokens, padding included. total_tokens: of the whole run.
+    rows, tokens: of the micro-batch with the most tokens, padding included. total_tokens: of the whole run, all ranks.
     adapter: weights of a LoRA adapter, 0 without one. largest: weights of the largest tensor with a gradient.
-    checkpointed: layers are computed again in the backward pass. saved: bytes of what is written.
+    checkpointed: layers are computed again in the backward pass. saved: bytes of what is written. The account is that
+    of one of `ranks`. divided: weights and state are, by FSDP2.
     """
 
     mode: Literal["set", "spa"]
@@ -44,6 +45,8 @@ class TrainPlan:
     accumulation: int = 1
     cpu: bool = False
     saved: int = 0
+    ranks: int = 1
+    divided: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,32 +63,43 @@ def train_parts(shape: ModelShape, plan: TrainPlan) -> list[TrainPart]:
     """The parts of a run, on the host where `plan.cpu`."""
     device: Place = "host" if plan.cpu else "device"
     b, tokens = plan.itemsize, plan.rows * plan.tokens
+    copied = plan.ranks > 1 and not plan.divided  # DistributedDataParallel sends gradients from a copy
+
+    def held(size: float) -> int:
+        return -(-int(size) // (plan.ranks if plan.divided else 1))
+
     parts = [TrainPart("libraries", LIBRARIES, "host")]
     if not plan.cpu:
         parts.append(TrainPart("CUDA context", CUDA_CONTEXT, "device"))
-    parts.append(TrainPart("model weights", b * shape.parameters, device))
+    parts.append(TrainPart("model weights", held(b * shape.parameters), device))
     if plan.mode == "set":
         parts += [
-            TrainPart("positions, master and moments", STATE * plan.selected, device, TRAIN),
+            TrainPart("positions, master and moments", held(STATE * plan.selected), device, TRAIN),
             TrainPart("mask", 8 * plan.selected, "host"),
             # Kept through the next backward pass where gradients add up over several.
-            TrainPart("gathered gradients", 4 * plan.selected, device, TRAIN if plan.accumulation > 1 else ("step",)),
-            TrainPart("largest weight gradient", b * plan.largest, device, ("backward",)),
+            TrainPart(
+                "gathered gradients", held(4 * plan.selected), device, TRAIN if plan.accumulation > 1 else ("step",)
+            ),
+            TrainPart("largest weight gradient", 0 if plan.divided else b * plan.largest, device, ("backward",)),
         ]
     elif plan.adapter:
         parts += [
             TrainPart("adapter, its gradients and state", 16 * plan.adapter, device, TRAIN),
+            TrainPart("gradients as they are sent", 4 * plan.adapter * copied, device, TRAIN),
             TrainPart("mask", 8 * plan.selected, "host"),
             TrainPart("largest merged weight", 4 * plan.largest, device, ("write",)),
         ]
     else:
         moments = _MOMENTS.get(plan.optim, 2)
         parts += [
-            TrainPart("gradients", b * shape.parameters, device, ("backward", "step")),
-            TrainPart("optimizer state", int(4 * moments * shape.parameters), device, TRAIN),
-            TrainPart("protected values and positions", (4 + b) * plan.selected, device, TRAIN),
+            TrainPart("gradients", held(b * shape.parameters), device, ("backward", "step")),
+            TrainPart("gradients as they are sent", b * shape.parameters * copied, device, TRAIN),
+            TrainPart("optimizer state", held(4 * moments * shape.parameters), device, TRAIN),
+            TrainPart("protected values and positions", held((4 + b) * plan.selected), device, TRAIN),
             TrainPart("mask", 8 * plan.selected, "host"),
         ]
+    if plan.divided:
+        parts.append(TrainPart("two whole layers, a float32 gradient", (2 * b + 4) * shape.group, device, PASSES))
     kept = activation_bytes(shape, plan.rows, plan.tokens, b, checkpointed=plan.checkpointed, weights_require_grad=True)
     parts.append(TrainPart("activations", kept, device, PASSES))
     # Logits, their log-softmax and its gradient; those two are float32.

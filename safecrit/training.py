@@ -118,7 +118,7 @@ def run_set(
     finally:
         optimizer.close()
     if not distributed.is_sharded(loaded.model):
-        _check_ranks(values for _, values in changes.values())
+        check_ranks(values for _, values in changes.values())
 
     def moved() -> Movement:
         movement, maps = Movement(), MappedFiles()
@@ -152,7 +152,7 @@ def run_spa(
     data = training_data(loaded, examples, retain_examples or (), retain_share, settings)
     record = train(loaded, data, settings, progress, checkpoints, callback=ProtectCallback(mask))
     if not distributed.is_sharded(loaded.model):
-        _check_ranks(parameter.detach() for parameter in loaded.model.parameters())
+        check_ranks(parameter.detach() for parameter in loaded.model.parameters())
 
     def moved(whole: Callable[[str], torch.Tensor]) -> Movement:
         movement = Movement()
@@ -180,7 +180,7 @@ def check_mask(loaded: LoadedModel, mask: Mask, allow_other_weights: bool) -> tu
     return anatomy, parents
 
 
-def _check_ranks(tensors: Iterable[torch.Tensor]) -> None:
+def check_ranks(tensors: Iterable[torch.Tensor]) -> None:
     """SafecritError where the ranks' copies of the trained weights are not bit-identical."""
     if distributed.current().world == 1:
         return

@@ -23,7 +23,7 @@ ROWS: list[list[set[str]]] = [
     [{"components", "checkpoint_map", "anatomy"}, {"fingerprint"}, {"maskfile", "maskformat"}, {"scorefile"}],
     [{"models"}, {"prompts"}, {"chatserver"}, {"chat"}, {"bridge", "vocabulary"}],
     [{"judges"}, {"traindata"}, {"placement"}, {"checkpoint"}, {"account", "metamodel", "trainaccount"}],
-    [{"delta"}, {"verification"}, {"activations", "fsdp"}],
+    [{"delta"}, {"verification"}, {"activations", "fsdp", "divided"}],
     [
         {"generation"},
         {"relaxation", "gradients", "estimators", "scoring", "turns", "weightscores", "sharding"},

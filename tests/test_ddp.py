@@ -45,7 +45,7 @@ def test_a_model_divided_after_the_optimizer_was_made(alone: None) -> None:
     optimizer = SparseAdamW(model, mask)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     optimizer.attach()
-    before = {n: p.detach().full_tensor() for n, p in model.named_parameters()}  # type: ignore[attr-defined]
+    before = {n: p.detach().full_tensor().clone() for n, p in model.named_parameters()}  # type: ignore[attr-defined]
     where = selected(build("llama"), mask)
     backward(model, 0)
     optimizer.step()

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from safecrit.account import PHASES, Account, Place, Work, largest_batches
+from safecrit.account import PHASES, Account, Place, Work, divided_account, largest_batches
+from safecrit.api.placing import parallel_mode
 from safecrit.api.scorejob import ScoreJob
 from safecrit.api.survey import survey
 from safecrit.costs import moved
@@ -29,7 +30,9 @@ class DryRun:
     is too small the fullest phase, its bytes, and its largest part. best: the largest batch sizes that fit, None
     where none does. advice: what to lower, "" where all fits. work: name, flops, bytes moved, seconds. `seconds` is
     None where the machine's rates are not known, and so is `mask_seconds`, of selecting the top 1 % of the scores on a
-    CPU, from files that its memory holds. first_prompt: as the model reads it.
+    CPU, from files that its memory holds. first_prompt: as the model reads it. Of several ranks work and seconds are
+    of all, without what ranks send; memory and what is available are of one in the mode of `parallel`, which has
+    `mode`, its `reason` and by either mode the `peaks` of the places.
     """
 
     model: str
@@ -48,24 +51,35 @@ class DryRun:
     seconds: float | None
     mask_seconds: float | None
     first_prompt: str
+    ranks: int
+    parallel: dict[str, Any]
 
 
 def dry_run(
-    job: ScoreJob, *, gpu_memory: str | None = None, output: Path = Path(), rates: Rates | None = None
+    job: ScoreJob,
+    *,
+    ranks: int = 1,
+    gpu_memory: str | None = None,
+    output: Path = Path(),
+    rates: Rates | None = None,
 ) -> DryRun:
-    """The account of a score job. Nothing is loaded but configurations and tokenizers.
+    """The account of a score job, of one of `ranks`. Nothing is loaded but configurations and tokenizers.
 
     gpu_memory: of a GPU that is not here, such as 24GiB; its time is known only with `rates`. output: the folder
     whose disk is looked at. Raises SafecritError as the job itself would for a missing model, judge or prompt
     file, and for settings that are unknown.
     """
-    found = survey(job, gpu_memory=gpu_memory, output=output)
-    model, judge, plan, account = found.model, found.judge, found.account.plan, found.account
+    found = survey(job, ranks=ranks, gpu_memory=gpu_memory, output=output)
+    model, judge, plan = found.model, found.judge, found.account.plan
+    mode, reason = parallel_mode(job, found) if ranks > 1 or job.parallel == "shard" else ("replicate", "one rank")
+    either = {"replicate": found.account, "shard": divided_account(model, judge, found.account, ranks)}
+    account = either[mode]
     best, available, counts = found.best, found.available, found.prompt_tokens
     lacking = _lacking(account, available)
     if rates is None and gpu_memory is None:
         rates = probe(found.device, {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[plan.itemsize])
-    spent = [_seconds(w, rates) for w in account.work] if rates is not None else None
+    at_once = 1 if plan.cpu else ranks
+    spent = [_seconds(w, rates) / at_once for w in account.work] if rates is not None else None
     work = [
         {"name": w.name, "flops": w.flops + w.flops32, "moved": w.moved + w.linked, "seconds": spent and spent[n]}
         for n, w in enumerate(account.work)
@@ -86,11 +100,17 @@ def dry_run(
         fits=not lacking,
         lacking=lacking,
         best={"batch_size": best.plan.batch_size, "judge_batch_size": best.plan.judge_batch_size} if best else None,
-        advice=_advice(model, judge, account, best, available) if lacking else "",
+        advice=_advice(model, judge, account, best, available, divided=mode == "shard") if lacking else "",
         work=work,
         seconds=sum(spent) if spent is not None else None,
         mask_seconds=_mask_seconds(model, rates) if rates is not None and account.plan.cpu else None,
         first_prompt=found.first_prompt,
+        ranks=ranks,
+        parallel={
+            "mode": mode,
+            "reason": reason,
+            "peaks": {name: {place: each.peak(place) for place in PLACES} for name, each in either.items()},
+        },
     )
 
 
@@ -125,6 +145,12 @@ def lines(found: DryRun) -> list[str]:
             f"The {lack['place']} is too small: {lack['phase']} needs {gib(lack['bytes'])} GiB, the largest part of "
             f"them, {lack['part']}, {gib(lack['part_bytes'])}."
         )
+    if found.ranks > 1:
+        modes: list[tuple[str, ...]] = [("a rank's peak, GiB", *found.parallel["peaks"])]
+        for place in PLACES[:3]:
+            if any(found.peaks[place].values()):
+                modes.append((place, *(gib(need[place]) for need in found.parallel["peaks"].values())))
+        out += ["", *table(modes), f"{found.ranks} ranks: {found.parallel['mode']} ({found.parallel['reason']})."]
     out += ["It fits." if found.fits else f"It does not fit. {found.advice}", ""]
     work = [("work", "TFLOP", "GB moved", "time")]
     for entry in found.work:
@@ -169,11 +195,18 @@ def _room(place: Place, available: dict[str, int]) -> int:
 
 
 def _advice(
-    model: ModelShape, judge: ModelShape | None, account: Account, best: Account | None, available: dict[str, int]
+    model: ModelShape,
+    judge: ModelShape | None,
+    account: Account,
+    best: Account | None,
+    available: dict[str, int],
+    divided: bool,
 ) -> str:
     """What to change so that it fits."""
     if account.peak("disk") > available["disk"]:
         return "Give an --output on a larger disk, or --score-dtype bfloat16."
+    if divided:
+        return "Use more ranks, or smaller --batch-size and --judge-batch-size."
     if best is not None:
         return f"Use --batch-size {best.plan.batch_size} --judge-batch-size {best.plan.judge_batch_size}."
     if judge is not None and account.plan.placement == "together" and not account.plan.cpu:

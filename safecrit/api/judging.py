@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from safecrit.judges.presets import (
 from safecrit.judges.refusal import RefusalJudge
 from safecrit.models import LoadedModel, context_window, load_classifier, load_model, read_config, resolve_folder
 
+LoadGuard = Callable[..., LoadedModel]
 REFUSAL, LABELS, OPENAI = "refusal", "labels:", "openai:"
 
 
@@ -72,13 +74,13 @@ class JudgeChoice:
         return self.name
 
 
-def load_differentiable(choice: JudgeChoice) -> DifferentiableJudge:
-    """A judge with a gradient; `refusal` has none and is refused here."""
+def load_differentiable(choice: JudgeChoice, load_guard: LoadGuard = load_model) -> DifferentiableJudge:
+    """A judge with a gradient; `refusal` has none and is refused here. load_guard: takes `load_model`'s place."""
     if choice.name == REFUSAL:
         raise SafecritError("--judge refusal has no gradient to score with. Name a guard model's folder or Hub id.")
     kind, preset, model = _kind(choice), choice.format, choice.model
     preset = preset if preset is not None and preset.kind == kind else None
-    load = load_classifier if kind == "classifier" else load_model
+    load = load_classifier if kind == "classifier" else load_guard
     loaded = load(
         model,
         revision=choice.revision,
@@ -99,8 +101,8 @@ def load_differentiable(choice: JudgeChoice) -> DifferentiableJudge:
     return GuardJudge(loaded, settings)
 
 
-def load_judge(choice: JudgeChoice) -> Judge:
-    """Any judge of answers."""
+def load_judge(choice: JudgeChoice, load_guard: LoadGuard = load_model) -> Judge:
+    """Any judge of answers. load_guard: takes `load_model`'s place for a guard."""
     if choice.name == REFUSAL:
         return RefusalJudge(choice.patterns)
     if choice.name.startswith(LABELS):
@@ -109,7 +111,7 @@ def load_judge(choice: JudgeChoice) -> Judge:
         if choice.base_url is None:
             raise SafecritError(f"--judge {choice.name} needs --judge-base-url, such as http://localhost:8000/v1.")
         return EndpointJudge(choice.name.removeprefix(OPENAI), choice.base_url)
-    return load_differentiable(choice)
+    return load_differentiable(choice, load_guard)
 
 
 def find_judge(choice: JudgeChoice, *, differentiable: bool = False) -> None:

@@ -14,6 +14,7 @@ from safecrit.models import pick_device
 
 if TYPE_CHECKING:
     from safecrit.api.scorejob import ScoreJob
+    from safecrit.api.survey import Survey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,11 @@ def _parallel(job: ScoreJob) -> tuple[str | None, str]:
     ranks = distributed.current()
     if ranks.world == 1 and not (faults.watching() and job.parallel == "shard"):
         return None, ""
+    return parallel_mode(job)
+
+
+def parallel_mode(job: ScoreJob, found: Survey | None = None) -> tuple[str, str]:
+    """replicate or shard, for `found` or for the ranks that run now, and why."""
     whole = ""
     if job.scoring.method in ("wanda", "magnitude"):
         whole = f"--method {job.scoring.method} needs whole weights"
@@ -107,7 +113,7 @@ def _parallel(job: ScoreJob) -> tuple[str | None, str]:
         return job.parallel, "as asked for"
     from safecrit.api.survey import survey
 
-    found = survey(job)
+    found = found or survey(job)
     room, need = found.available, found.account
     if need.fits(room["device"], room["host"]):
         return "replicate", "model, judge and sums fit every rank whole"

@@ -32,6 +32,7 @@ from safecrit.traindata import read_examples
 if TYPE_CHECKING:
     from safecrit.api.judging import JudgeChoice
 
+GPUS_A_HOST = 8  # assumed
 _DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 
 
@@ -58,8 +59,8 @@ def settled(job: ScoreJob) -> ScorePlan:
     return survey(job).account.plan
 
 
-def survey(job: ScoreJob, *, gpu_memory: str | None = None, output: Path = Path()) -> Survey:
-    """Read all but weights, and decide what is left to decide; see `dryrun.dry_run`."""
+def survey(job: ScoreJob, *, ranks: int | None = None, gpu_memory: str | None = None, output: Path = Path()) -> Survey:
+    """Read all but weights, and decide what is left to decide; see `dryrun.dry_run`. ranks: None for those that run."""
     check_settings(job)
     _check_choices(job)
     scoring, chat = job.scoring, job.generation.chat
@@ -97,7 +98,9 @@ def survey(job: ScoreJob, *, gpu_memory: str | None = None, output: Path = Path(
         chunk_bytes=CHUNK_BYTES,
         sent_bytes=SENT_BYTES,
     )
-    available = _available(device, gpu_memory, output)
+    local = distributed.current().local_world if ranks is None else sharers(device, ranks)
+    available = available_bytes(device, gpu_memory, output, local)
+    available["disk"] //= local
     account = _placed(model, judge, plan, scoring.placement, available)
     # The account at hand has `auto` decided for these batch sizes; smaller ones decide anew.
     undecided = replace(account.plan, accumulate_on=plan.accumulate_on, checkpointed=plan.checkpointed)
@@ -135,12 +138,20 @@ def description_folder(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _available(device: torch.device, gpu_memory: str | None, output: Path) -> dict[str, int]:
+def sharers(device: torch.device, ranks: int) -> int:
+    """Of so many ranks those that share a host where the hosts are not known: all on a CPU, of GPUs eight at most."""
+    return ranks if device.type == "cpu" else min(ranks, GPUS_A_HOST)
+
+
+def available_bytes(device: torch.device, gpu_memory: str | None, output: Path, local: int) -> dict[str, int]:
+    """Bytes that one of `local` ranks of this host can have, by place; of the disk that `output` is on, all."""
     own = parse_bytes(gpu_memory) if gpu_memory is not None else device_free(device)
-    local = distributed.current().local_world
     above = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    host, disk = host_free() // local, shutil.disk_usage(above).free // local
-    return {"device": own // local if device.type == "cpu" else own, "host": host, "disk": disk}
+    return {
+        "device": own // local if device.type == "cpu" else own,
+        "host": host_free() // local,
+        "disk": shutil.disk_usage(above).free,
+    }
 
 
 def _read_judge(choice: JudgeChoice, prompts: Sequence[Prompt]) -> tuple[ModelShape, list[int]]:

@@ -7,19 +7,21 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from safecrit import distributed
-from safecrit.adapter import merge_adapter, peft_module
+from safecrit.adapter import Merged, merge_adapter, peft_module
 from safecrit.anatomy import read_anatomy
+from safecrit.api.trainplacing import check_parallel
 from safecrit.cardfigures import add_evaluation, evaluated, read_results
 from safecrit.delta import Delta, apply_delta
+from safecrit.divided import load_model_divided
 from safecrit.errors import SafecritError
 from safecrit.files import checkpoint_tensors, write_json
 from safecrit.fingerprint import accepted_fingerprints
-from safecrit.fsdp import all_ranks, from_first_whole, in_turn, shard
+from safecrit.fsdp import all_ranks, from_first_whole, shard
 from safecrit.lora import LoraSettings, merged_result, train_adapter
 from safecrit.maskfile import Mask
 from safecrit.models import LoadedModel, load_model, pick_device, resolve_folder
@@ -31,6 +33,9 @@ from safecrit.training_output import write_set_output, write_spa_output
 from safecrit.trainloop import TrainSettings
 from safecrit.verification import VerifyReport, verify
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["LoraSettings", "TrainJob", "TrainOutcome", "check_inputs", "headline", "run_training"]
 
 
@@ -39,7 +44,7 @@ class TrainJob:
     """All that `set` and `spa` need to know. `save`: for set, what is written: model, delta or both.
 
     With `lora`, spa trains an adapter and merges it under the mask. `results`: an
-    evaluation of the base, a folder, for the model card. `parallel`: of several ranks; auto is replicate.
+    evaluation of the base, a folder, for the model card. `parallel`: auto, replicate or shard, of several ranks.
     """
 
     mode: Literal["set", "spa"]
@@ -72,8 +77,7 @@ class TrainOutcome:
 
 def check_inputs(job: TrainJob) -> Mask:
     """Find the user's mistakes before an output folder is made; the mask, checked to be this model's."""
-    if distributed.current().world > 1 and job.lora is not None:
-        raise SafecritError("--use-peft trains in one process: start it without torchrun.")
+    check_parallel(job)
     folder = resolve_folder(job.model, revision=job.revision)
     mask = Mask.load(job.mask)
     if job.lora is not None:
@@ -146,16 +150,15 @@ def _load(job: TrainJob, mask: Mask, parallel: str) -> LoadedModel:
         return load_model(job.model, device=job.device, dtype=job.dtype, **source)
     mesh = all_ranks(pick_device(job.device))
 
-    def divided() -> LoadedModel:
-        loaded = load_model(job.model, device="cpu", dtype="float32" if job.mode == "spa" else job.dtype, **source)
-        if loaded.model.dtype == torch.float16:
-            loaded.model.float()
-        names = {name for name, _ in loaded.model.named_parameters()}
-        wanted = set(place(mask, read_anatomy(loaded.model))) if job.mode == "set" else names
-        shard(loaded.model, mesh, wanted, mean=True, compute=torch.bfloat16 if job.settings.bf16 else None)
-        return loaded
+    def divide(model: PreTrainedModel) -> None:
+        if model.dtype == torch.float16:
+            model.float()
+        names = {name for name, _ in model.named_parameters()}
+        wanted = set(place(mask, read_anatomy(model))) if job.mode == "set" else names
+        shard(model, mesh, wanted, mean=True, compute=torch.bfloat16 if job.settings.bf16 else None)
 
-    return in_turn(divided)
+    dtype = "float32" if job.mode == "spa" else job.dtype
+    return load_model_divided(job.model, mesh, divide, dtype=dtype, **source)
 
 
 def _same_global_batch(settings: TrainSettings, file: Path) -> TrainSettings:
@@ -182,30 +185,38 @@ def _same_global_batch(settings: TrainSettings, file: Path) -> TrainSettings:
 
 
 def _run_lora(job: TrainJob, lora: LoraSettings, mask: Mask, folder: Path, report: Reporter) -> TrainOutcome:
-    """Train an adapter, then merge it into the model loaded afresh, as `safecrit merge` does."""
+    """Train an adapter, then merge it into the model loaded afresh, as `safecrit merge` does; rank 0 merges."""
     data, retain = read_data(job)
     source: dict[str, Any] = {
         "revision": job.revision,
         "device": job.device,
         "trust_remote_code": job.trust_remote_code,
     }
+    checkpoints = folder / "safecrit" / "checkpoints"
+    settings = _same_global_batch(job.settings, checkpoints / "batch.json") if job.settings.save_steps else job.settings
     with report("training", "steps") as progress:
         adapter = train_adapter(
             load_model(job.model, dtype=job.dtype, **source),
             data.examples,
             retain.examples if retain else None,
             job.retain_share,
-            job.settings,
+            settings,
             lora,
             folder / "safecrit" / "adapter",
             lambda step, total, loss: progress(step, total, f"loss {loss:.3f}"),
-            checkpoints=folder / "safecrit" / "checkpoints",
+            checkpoints=checkpoints,
         )
-    loaded = load_model(job.model, **source)
-    merged = merge_adapter(loaded, adapter.folder, mask, allow_other_weights=job.allow_other_weights)
+
+    def merge() -> tuple[Merged, VerifyReport]:
+        loaded = load_model(job.model, **source)
+        merged = merge_adapter(loaded, adapter.folder, mask, allow_other_weights=job.allow_other_weights)
+        result = merged_result(adapter, merged, mask.info.total)
+        write_spa_output(loaded, mask, folder, result, weights=merged.weights, overwrite=True)
+        return replace(merged, weights={}), verify(folder, loaded.folder, mask, "spa")
+
+    merged, verified = distributed.from_first(merge)
     result = merged_result(adapter, merged, mask.info.total)
-    write_spa_output(loaded, mask, folder, result, weights=merged.weights, overwrite=True)
-    return TrainOutcome(result=result, verified=verify(folder, loaded.folder, mask, "spa"), skipped=data.empty)
+    return TrainOutcome(result=result, verified=verified, skipped=data.empty)
 
 
 def _verify_set(job: TrainJob, folder: Path, base: Path, mask: Mask) -> VerifyReport:

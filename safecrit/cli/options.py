@@ -22,10 +22,12 @@ TRANSIENT = {
     "public",
     "dry_run",
     "gpu_memory",
+    "ranks",
     "dist_timeout",
     "parallel",
 }
 DIST_TIMEOUT_S = 1800
+RANKS_ALONE = "--ranks goes with --dry-run alone; a run on several ranks is started by torchrun."
 
 
 def _load_config(context: typer.Context, value: Path | None) -> Path | None:
@@ -152,6 +154,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would need,
 GpuMemory = Annotated[
     str | None, typer.Option("--gpu-memory", metavar="SIZE", help="With --dry-run: of a GPU, such as 24GiB.")
 ]
+Ranks = Annotated[int, typer.Option("--ranks", min=1, help="With --dry-run: of a run on N ranks, what one needs.")]
 PushToHub = Annotated[
     str | None, typer.Option("--push-to-hub", metavar="NAME", help="Upload the verified output to this Hub repository.")
 ]

@@ -148,6 +148,7 @@ def score(
     trust_remote_code: o.TrustRemoteCode = False,
     dry_run: o.DryRun = False,
     gpu_memory: o.GpuMemory = None,
+    ranks: o.Ranks = 1,
     overwrite: o.Overwrite = False,
     config: o.Config = None,
     as_json: o.Json = False,
@@ -160,13 +161,17 @@ def score(
     of its verdict goes back through both. Scores land in the output folder.
     """
     from safecrit import distributed
+    from safecrit.errors import UsageError
     from safecrit.outputs import default_output
 
     sink = Sink(as_json=as_json, quiet=quiet)
     settings = o.resolved(context)
     if dry_run:
-        _dry_run(settings, gpu_memory, output or default_output("score", model), sink)
+        settings["parallel"] = parallel
+        _dry_run(settings, ranks, gpu_memory, output or default_output("score", model), sink)
         return
+    if ranks > 1:
+        raise UsageError(o.RANKS_ALONE)
     distributed.start(dist_timeout)
     run({**settings, "parallel": parallel}, output or default_output("score", model), overwrite, sink)
 
@@ -221,12 +226,12 @@ def stability_lines(stability: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _dry_run(settings: dict[str, Any], gpu_memory: str | None, output: Path, sink: Sink) -> None:
+def _dry_run(settings: dict[str, Any], ranks: int, gpu_memory: str | None, output: Path, sink: Sink) -> None:
     from dataclasses import asdict
 
     from safecrit.api.dryrun import dry_run, lines
 
-    found = dry_run(job_of(settings), gpu_memory=gpu_memory, output=output)
+    found = dry_run(job_of(settings), ranks=ranks, gpu_memory=gpu_memory, output=output)
     for line in lines(found):
         sink.line(line)
     sink.result(asdict(found))

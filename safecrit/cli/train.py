@@ -36,9 +36,7 @@ Results = Annotated[
 ]
 Parallel = Annotated[
     Literal["auto", "replicate", "shard"],
-    typer.Option(
-        "--parallel", help="Under torchrun: replicate, the model whole on every rank; shard is not supported."
-    ),
+    typer.Option("--parallel", help="Under torchrun: the model whole on every rank, or divided (FSDP2)."),
 ]
 Save = Annotated[Literal["model", "delta", "both"], typer.Option("--save", help="What to write.")]
 
@@ -68,6 +66,7 @@ def set_(
     results: Results = None,
     dry_run: o.DryRun = False,
     gpu_memory: o.GpuMemory = None,
+    ranks: o.Ranks = 1,
     push_to_hub: o.PushToHub = None,
     public: o.Public = False,
     seed: o.Seed = 0,
@@ -135,6 +134,7 @@ def spa(
     results: Results = None,
     dry_run: o.DryRun = False,
     gpu_memory: o.GpuMemory = None,
+    ranks: o.Ranks = 1,
     push_to_hub: o.PushToHub = None,
     public: o.Public = False,
     seed: o.Seed = 0,
@@ -172,7 +172,8 @@ def _run(
 
     from safecrit import distributed, faults
     from safecrit.api.train import TrainJob, check_inputs, headline, run_training
-    from safecrit.errors import CheckFailed
+    from safecrit.api.trainplacing import parallel_mode
+    from safecrit.errors import CheckFailed, UsageError
     from safecrit.hub import push
     from safecrit.lora import lora_headline
     from safecrit.outputs import default_output, open_output
@@ -192,12 +193,14 @@ def _run(
         **{key: value for key, value in settings.items() if key in own},
     )
     path = output or default_output(mode, job.model)
+    if context.params["ranks"] > 1 and not context.params["dry_run"]:
+        raise UsageError(o.RANKS_ALONE)
     if context.params["dry_run"]:
         from dataclasses import asdict
 
         from safecrit.api.traindryrun import dry_run, lines
 
-        found = dry_run(job, gpu_memory=context.params["gpu_memory"], output=path)
+        found = dry_run(job, ranks=context.params["ranks"], gpu_memory=context.params["gpu_memory"], output=path)
         for line in lines(found):
             sink.line(line)
         sink.result(asdict(found))
@@ -215,9 +218,11 @@ def _run(
     if folder.resumed:
         sink.note(f"resuming the interrupted run in {folder.path}")
     sink.line(training_line)
-    parallel = "shard" if job.parallel == "shard" and faults.watching() else "replicate"
-    if (ranks := distributed.current().world) > 1:
-        sink.note(f"{ranks} ranks: {parallel} (as asked for)")
+    parallel, reason = "replicate", ""
+    if faults.watching():
+        parallel, reason = distributed.from_first(lambda: parallel_mode(job))
+    if (world := distributed.current().world) > 1:
+        sink.note(f"{world} ranks: {parallel} ({reason})")
     outcome = run_training(job, folder.path, sink.progress, parallel)
     result, report = outcome.result, outcome.verified
     if outcome.skipped:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from safecrit import models
+from safecrit.api import survey as surveying
 from tests.cli.conftest import Cli, World, score
 
 
@@ -71,6 +72,33 @@ def test_it_counts_what_the_run_would_do(cli: Cli, bare: World, tmp_path: Path) 
     assert settings(reduction="abs")["one_by_one"] and settings(method="fisher")["one_by_one"]
     given = settings(judge=None, prompts=None, objective="answer-nll", data=bare.refusals, limit=2)
     assert given["given_answers"] and given["prompts"] == 2
+
+
+def test_several_ranks(cli: Cli, bare: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surveying, "host_free", lambda: 64 << 30)
+    monkeypatch.setattr(surveying, "device_free", lambda device: 64 << 30)
+
+    def asked(ranks: int, **flags: Any) -> dict[str, Any]:
+        ran = cli(*score(bare, tmp_path / "out", dry_run=True, ranks=ranks, **flags), "--json")
+        assert ran.code == 0, ran.err
+        return dict(json.loads(ran.out))
+
+    one, four = asked(1, gpu_memory="24GiB"), asked(4, gpu_memory="24GiB")
+    small = asked(4, gpu_memory="100MB")
+    assert four["available"]["device"] == one["available"]["device"] == 24 << 30
+    assert four["available"]["host"] == one["available"]["host"] / 4 == 16 << 30
+    assert one["parallel"]["mode"] == four["parallel"]["mode"] == "replicate"
+    assert "fit every rank whole" in four["parallel"]["reason"] and four["parts"] == one["parts"]
+    assert small["parallel"]["mode"] == "shard" and "do not fit" in small["parallel"]["reason"]
+    assert "more ranks" in small["advice"]
+    shard = asked(4, gpu_memory="24GiB", parallel="shard")
+    assert shard["parallel"] == four["parallel"] | {"mode": "shard", "reason": "as asked for"}
+    whole, own = ({part["name"]: part["bytes"] for part in found["parts"]} for found in (four, shard))
+    assert own["model weights"] * 4 == whole["model weights"] and own["accumulators"] * 4 == whole["accumulators"]
+    text = cli(*score(bare, tmp_path / "out", dry_run=True, ranks=4)).out
+    assert "4 ranks: replicate (model, judge and sums fit every rank whole)." in text
+    run = cli(*score(bare, tmp_path / "out", ranks=4))
+    assert run.code == 2 and "--ranks goes with --dry-run" in run.err
 
 
 def test_mistakes(cli: Cli, bare: World, tmp_path: Path) -> None:

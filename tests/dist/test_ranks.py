@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tests.dist import poison
 from tests.dist import world as worlds
 from tests.dist.launch import run, torchrun
 from tests.dist.world import World
+from tests.test_divided import resaved
 
 # name: model, whether answers are given, flags of one process and of several, flags of several alone
 CASES: dict[str, tuple[str, bool, list[object], list[object]]] = {
@@ -178,3 +180,16 @@ def test_a_poisoned_prompt_is_dropped_alone(how: str, world: World, tmp_path: Pa
     assert one["dropped"] == other["dropped"] == [{"row": poison.ROW, "reason": "weight gradient not finite"}]
     assert one["used"] == other["used"] == len(worlds.PROMPTS) - 1
     assert_same_scores(tmp_path / "1", tmp_path / "2", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_model_that_ranks_load_whole_in_turn(world: World, tmp_path: Path) -> None:
+    model = resaved(
+        world.models["tied"],
+        tmp_path / "both",
+        lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}),
+    )
+    both = replace(world, models={"both": model})
+    code, _, err = run(torchrun(2, "tests.dist.commands", json.dumps([both.score("both", tmp_path / "2", "--parallel", "shard")])))
+    assert code == 0, err
+    check_scores(world.folder / "1/tied", tmp_path / "2", tmp_path)

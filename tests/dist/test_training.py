@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from safecrit.cli.app import app
+from safecrit.errors import SafecritError
 from safecrit.files import checkpoint_tensors
 from safecrit.maskfile import Mask
 from safecrit.tensorfile import MappedFiles
@@ -23,13 +24,24 @@ from tests.dist.world import World
 
 BATCH = 4  # accumulation times ranks
 MODES, MODELS, PARALLEL = ("set", "spa"), ("dense", "tied", "moe"), ("replicate", "shard")
+LORA = ["--use-peft", "--lora-r", 4]
+# name: command and flags
+COMMANDS: dict[str, list[object]] = {
+    "set": ["set"],
+    "spa": ["spa"],
+    "lora": ["spa", *LORA],
+    "lora-faster": ["spa", *LORA, "--lr", 1e-2],
+    "dora": ["spa", *LORA, "--use-dora"],
+}
 CASES = [
     ("set", "dense", "replicate"),
     ("spa", "tied", "replicate"),
     ("set", "tied", "shard"),
     ("set", "moe", "shard"),
     ("spa", "tied", "shard"),
+    ("lora", "dense", "replicate"),
 ]
+ADAPTERS = [("lora", "moe", "replicate"), ("lora-faster", "dense", "replicate"), ("dora", "tied", "replicate")]
 
 
 def train(world: World, mode: str, model: str, out: Path, ranks: int, *more: object) -> list[str]:
@@ -37,7 +49,8 @@ def train(world: World, mode: str, model: str, out: Path, ranks: int, *more: obj
     files = ["--mask", world.folder / f"{model}.safetensors", "--data", world.folder / "data.jsonl", "-o", out]
     batch = ["--batch-size", 1, "--gradient-accumulation-steps", BATCH // ranks]
     settings = ["--max-steps", 20, "--lr", 3e-5, "--weight-decay", 0.1, "--save-steps", 4]
-    return [mode, *map(str, [world.models[model], *files, *batch, *settings, *more])]
+    command, *flags = COMMANDS[mode]
+    return list(map(str, [command, world.models[model], *files, *batch, *settings, *flags, *more]))
 
 
 def alone(command: list[str]) -> None:
@@ -77,9 +90,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield made
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:peft")  # of Mixtral's fused experts
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_weights_are_those_of_one_process(ranks: int, world: World) -> None:
-    cases = CASES if ranks == 2 else list(itertools.product(MODES, MODELS, PARALLEL))
+    cases = CASES if ranks == 2 else [*itertools.product(MODES, MODELS, PARALLEL), *ADAPTERS]
     out = world.folder / str(ranks)
     folders = {case: out / "-".join(case) for case in cases}
     commands = [
@@ -105,7 +119,12 @@ def test_weights_are_those_of_one_process(ranks: int, world: World) -> None:
             assert several["sent_bytes"]["gradients"] <= 20 * 1.1 * 2 * (ranks - 1) / ranks * 4 * selected
 
 
-KILLED = [("set", "dense", "shard"), ("set", "moe", "replicate"), ("spa", "tied", "shard")]
+KILLED = [
+    ("set", "dense", "shard"),
+    ("set", "moe", "replicate"),
+    ("spa", "tied", "shard"),
+    ("lora-faster", "dense", "replicate"),
+]
 
 
 @pytest.mark.parametrize(
@@ -152,3 +171,8 @@ def test_accelerates_plugin_divides_a_script_of_ones_own(mode: str, world: World
             selected = chosen.dense(name) if name in chosen.indices else torch.zeros(before.shape, dtype=torch.bool)
             assert torch.equal(two[name] != before, selected if mode == "set" else ~selected), name
             assert torch.linalg.vector_norm(one[name] - two[name]) <= 1e-6 * torch.linalg.vector_norm(one[name]), name
+
+
+def test_an_adapter_on_a_divided_base_is_refused(world: World, tmp_path: Path) -> None:
+    with pytest.raises(SafecritError, match="--use-peft keeps the whole base"):
+        alone(train(world, "lora", "dense", tmp_path / "out", 1, "--parallel", "shard"))
