@@ -5,7 +5,8 @@
 A step is MICRO micro-batches on every rank. Bytes sent are those of a rank and a step: our own collectives, FSDP2's,
 and the buckets that DistributedDataParallel sums. Bytes kept are those that a rank holds as an update begins:
 weights, gradients, optimizer state, positions, protected values, buckets; without activations. Seconds are the
-median of the steps between two updates, predicted from one process's, the number of cores and the rate of a sum.
+median of the steps between two updates, predicted from one process's, the number of cores, and the rate of a sum
+or, divided, of two gathers and a scatter.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling import Machine, Model, Work, amount, duration, make, trained, training
-from scaling_world import counter, launch, link_rate, others
+from scaling_world import counter, divided_rate, launch, link_rate, others
 
 STEPS, MICRO, BATCH = 6, 2, 1
 MODES, PARALLEL = ("set", "spa"), ("replicate", "shard")
@@ -108,7 +109,7 @@ def worker(folder: Path) -> None:
     from safecrit.trainloop import TrainSettings
 
     ranks = distributed.start(120)
-    rows, link = [], link_rate(ranks.world)
+    rows, links = [], [link_rate(ranks.world), divided_rate(ranks.world)]
     watch = Watch(ranks.world)
     for mode in MODES:
         for parallel in PARALLEL[: 1 if ranks.world == 1 else 2]:
@@ -144,7 +145,7 @@ def worker(folder: Path) -> None:
                 }
             )
     if ranks.first:
-        print(json.dumps({"link": link, "rows": rows}))
+        print(json.dumps({"links": links, "rows": rows}))
     distributed.finish()
 
 
@@ -163,7 +164,7 @@ def measure(save: bool) -> None:
                 sparse, sharded = row["mode"] == "set", row["parallel"] == "shard"
                 share = (row["trained"] if sparse else model.total - row["trained"]) / model.total
                 work = replace(Work(), share=share, micro=MICRO)
-                small = Machine(memory=0 if sharded else 1e12, inside=found["link"] or 1)
+                small = Machine(memory=0 if sharded else 1e12, inside=found["links"][sharded] or 1)
                 cost = training(model, ranks, small, work, sparse)
                 compute = alone.setdefault(row["mode"], row["seconds"])
                 pairs = {

@@ -47,6 +47,24 @@ def link_rate(world: int) -> float:
     return 2 * others(world) * values.nbytes / (time.perf_counter() - start)
 
 
+def divided_rate(world: int, repeats: int = 4) -> float:
+    """Bytes/s that this rank sends where it gathers tensors twice and scatters a sum once; 0 where it is alone."""
+    import torch
+    import torch.distributed as dist
+
+    if world == 1:
+        return 0.0
+    whole = torch.zeros(1 << 22)
+    part = torch.zeros(len(whole) // world)
+    for number in range(repeats + 1):
+        if number == 1:  # one round does not count
+            start = time.perf_counter()
+        for _ in range(2):
+            dist.all_gather_into_tensor(whole, part)
+        dist.reduce_scatter_tensor(part, whole)
+    return repeats * 3 * others(world) * whole.nbytes / (time.perf_counter() - start)
+
+
 def launch(file: str, ranks: int, *arguments: str) -> Any:
     """What `file` prints as JSON on its last line, on `ranks` processes of one thread each; one needs no torchrun."""
     place = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--nproc-per-node={ranks}"]
