@@ -15,14 +15,21 @@ def others(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
+def _names() -> tuple[str, str]:
+    """The gather and the scatter that FSDP2 calls, in torch.distributed; their names depend on torch's version."""
+    import torch.distributed as dist
+
+    named = ("all_gather_into_tensor", "reduce_scatter_tensor")
+    return ("all_gather_single", "reduce_scatter_single") if hasattr(dist, "all_gather_single") else named
+
+
 def counter(world: int) -> dict[str, float]:
     """Count from here on, under "bytes", what FSDP2 sends."""
     import torch
     import torch.distributed as dist
 
     sent = {"bytes": 0.0}
-    named = ("all_gather_into_tensor", "reduce_scatter_tensor")
-    for name in ("all_gather_single", "reduce_scatter_single") if hasattr(dist, "all_gather_single") else named:
+    for name in _names():
         inner = getattr(dist, name)
 
         def counted(*rest: Any, inner: Any = inner, **more: Any) -> Any:
@@ -56,12 +63,13 @@ def divided_rate(world: int, repeats: int = 4) -> float:
         return 0.0
     whole = torch.zeros(1 << 22)
     part = torch.zeros(len(whole) // world)
+    gather, scatter = (getattr(dist, name) for name in _names())
     for number in range(repeats + 1):
         if number == 1:  # one round does not count
             start = time.perf_counter()
         for _ in range(2):
-            dist.all_gather_into_tensor(whole, part)
-        dist.reduce_scatter_tensor(part, whole)
+            gather(whole, part)
+        scatter(part, whole)
     return repeats * 3 * others(world) * whole.nbytes / (time.perf_counter() - start)
 
 
