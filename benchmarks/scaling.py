@@ -140,14 +140,11 @@ def mask(model: Model, ranks: int, machine: Machine, work: Work) -> Cost:
 def trained(model: Model, ranks: int, work: Work, sparse: bool, sharded: bool) -> float:
     """What stays of SET: weights, and of the k trained ones position, master, moments and gathered gradient.
 
-    Of SPA, all float32: weights, gradients and moments, a bit of a scored weight, position and value of a protected
-    one; replicated on several ranks also DistributedDataParallel's buckets, which hold all gradients once more.
+    Of SPA, all float32: weights, gradients and moments, a bit of a scored weight, position and value of a protected one.
     """
     k = work.share * model.total
     size = model.itemsize * model.total + 20 * k if sparse else 16 * model.total + model.scored / 8 + 8 * k
-    if sharded:
-        return size / ranks
-    return size if sparse or ranks == 1 else size + 4 * model.total
+    return size / ranks if sharded else size
 
 
 def training(model: Model, ranks: int, machine: Machine, work: Work, sparse: bool) -> Cost:

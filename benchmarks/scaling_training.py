@@ -57,7 +57,7 @@ class Watch:
 
         self.sent = counter(world)
         self.marks: list[tuple[float, float]] = []
-        self.buckets: dict[int, int] = {}
+        self.buckets: dict[int, Any] = {}  # their storages, by number
         self.protections: list[Protection] = []
         self.kept = 0
         register_optimizer_step_pre_hook(lambda optimizer, *_: self._mark(optimizer))
@@ -80,7 +80,7 @@ class Watch:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
         values = bucket.buffer()
-        self.buckets[bucket.index()] = values.nbytes
+        self.buckets[bucket.index()] = values.untyped_storage()
         self.sent["bytes"] += 2 * others(dist.get_world_size()) * values.nbytes
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
@@ -98,8 +98,9 @@ class Watch:
         tensors += getattr(optimizer, "_bits", {}).values()
         for protection in self.protections:
             tensors += [part for _, *parts in protection._saved for part in parts]
-        held = {part.data_ptr(): part.nbytes for part in map(local, filter(torch.is_tensor, tensors))}
-        self.kept = sum(held.values()) + sum(self.buckets.values())
+        storages = [local(tensor).untyped_storage() for tensor in tensors if torch.is_tensor(tensor)]
+        held = {storage.data_ptr(): storage.nbytes() for storage in (*storages, *self.buckets.values())}
+        self.kept = sum(held.values())
 
 
 def worker(folder: Path) -> None:

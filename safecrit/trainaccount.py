@@ -63,7 +63,8 @@ def train_parts(shape: ModelShape, plan: TrainPlan) -> list[TrainPart]:
     """The parts of a run, on the host where `plan.cpu`."""
     device: Place = "host" if plan.cpu else "device"
     b, tokens = plan.itemsize, plan.rows * plan.tokens
-    copied = plan.ranks > 1 and not plan.divided  # DistributedDataParallel sends gradients from a copy
+    # DistributedDataParallel keeps the memory that it sends gradients from.
+    passes: tuple[Phase, ...] = TRAIN if plan.ranks > 1 and not plan.divided else ("backward", "step")
 
     def held(size: float) -> int:
         return -(-int(size) // (plan.ranks if plan.divided else 1))
@@ -85,15 +86,13 @@ def train_parts(shape: ModelShape, plan: TrainPlan) -> list[TrainPart]:
     elif plan.adapter:
         parts += [
             TrainPart("adapter, its gradients and state", 16 * plan.adapter, device, TRAIN),
-            TrainPart("gradients as they are sent", 4 * plan.adapter * copied, device, TRAIN),
             TrainPart("mask", 8 * plan.selected, "host"),
             TrainPart("largest merged weight", 4 * plan.largest, device, ("write",)),
         ]
     else:
         moments = _MOMENTS.get(plan.optim, 2)
         parts += [
-            TrainPart("gradients", held(b * shape.parameters), device, ("backward", "step")),
-            TrainPart("gradients as they are sent", b * shape.parameters * copied, device, TRAIN),
+            TrainPart("gradients", held(b * shape.parameters), device, passes),
             TrainPart("optimizer state", held(4 * moments * shape.parameters), device, TRAIN),
             TrainPart("protected values and positions", held((4 + b) * plan.selected), device, TRAIN),
             TrainPart("mask", 8 * plan.selected, "host"),

@@ -217,6 +217,8 @@ def train(
         if optimizer is not None or distributed.is_sharded(loaded.model):
             # Gradients are averaged elsewhere; evaluation mode is to leave DDP away.
             trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
+        elif trainer.accelerator.ddp_handler is not None:
+            trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # without it every gradient is kept twice
         trainer.remove_callback(PrinterCallback)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
