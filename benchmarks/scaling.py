@@ -1,9 +1,10 @@
-"""What score, mask, SET and SPA send, hold and take on R ranks: predicted, and measured on processes of this machine.
+"""What score, mask, SET and SPA send, hold and take on R ranks: predicted; the first two measured on processes here.
 
     .venv/bin/python benchmarks/scaling.py                   # the tables of docs/scaling.md
     .venv/bin/python benchmarks/scaling.py --measure --save  # 1, 2 and 4 gloo processes beside their prediction
 
-The formulas are those of docs/scaling.md. Bytes are what one rank sends, as a ring of all ranks sends them.
+scaling_training.py measures SET and SPA. The formulas are those of docs/scaling.md. Bytes are what one rank sends, as
+a ring of all ranks sends them.
 Measured bytes are counted where collectives are called, FSDP2's own ones too; seconds are those of the scoring
 pass; memory is that of weights and sums, without what lives for a moment and the libraries' own.
 """
@@ -13,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from scaling_world import counter, launch, link_rate, others
 
 GB = 1e9
 
@@ -66,6 +68,7 @@ class Work:
     batch: int = 16
     conversations: int = 64
     share: float = 0.01
+    micro: int = 4  # micro-batches of a rank in a training step
     tokens: int = 4 * 2048  # of a rank in a training step
 
 
@@ -88,10 +91,6 @@ MODELS = [
 ]
 JUDGE = Model("judge 8 B", 8.03e9, 8.03e9, 0, 0.218e9, 0.525e9, 0)
 RANKS = (1, 8, 64, 1024)
-
-
-def others(ranks: int) -> float:
-    return (ranks - 1) / ranks
 
 
 def held(model: Model, judge: Model, ranks: int, sharded: bool) -> float:
@@ -138,20 +137,34 @@ def mask(model: Model, ranks: int, machine: Machine, work: Work) -> Cost:
     return Cost("", memory, sent, 0, own / machine.files + 3 * own / 20e9)
 
 
-def training(model: Model, ranks: int, machine: Machine, work: Work, sparse: bool) -> Cost:
-    """A step of SET (k weights with float32 master and moments) or of SPA (all of them, and a bit for each)."""
+def trained(model: Model, ranks: int, work: Work, sparse: bool, sharded: bool) -> float:
+    """What stays of SET: weights, and of the k trained ones position, master, moments and gathered gradient.
+
+    Of SPA, all float32: weights, gradients and moments, a bit of a scored weight, position and value of a protected one.
+    """
     k = work.share * model.total
-    state = 16 * k if sparse else (12 + 1 / 8) * model.total
-    whole = model.itemsize * (model.total + (model.largest if sparse else model.total)) + state
+    size = model.itemsize * model.total + 20 * k if sparse else 16 * model.total + model.scored / 8 + 8 * k
+    return size / ranks if sharded else size
+
+
+def training(model: Model, ranks: int, machine: Machine, work: Work, sparse: bool) -> Cost:
+    """A step of SET, whose k weights lie in all scored tensors, or of SPA, which computes in the model's own dtype.
+
+    Divided, every micro-batch gathers the weights twice and scatters the float32 gradients, and the results go to rank
+    0 at the end: SET's k, or all, thrice.
+    """
+    k = work.share * model.total
     compute = 6 * model.active * work.tokens / machine.flops
+    whole = trained(model, ranks, work, sparse, False) + (model.itemsize * model.largest if sparse else 0)
     if whole <= machine.memory:
-        sent = 2 * others(ranks) * (4 * k if sparse else model.itemsize * model.total)
+        sent = 2 * others(ranks) * 4 * (k + model.tensors if sparse else model.total)
         return Cost("replicate", whole, sent, 0, compute + sent / machine.link(ranks))
-    grads = 0 if sparse else model.itemsize * model.total
-    own = (model.itemsize * model.total + state + grads) / ranks
-    sent = others(ranks) * (2 * model.itemsize + 4) * model.total
+    own = trained(model, ranks, work, sparse, True)
+    passes = 2 * model.itemsize * model.total + 4 * (model.scored if sparse else model.total)
+    sent = others(ranks) * work.micro * passes
     memory = own + (2 * model.itemsize + 4) * max(model.layer, 2 * model.largest)
-    return Cost("shard", memory, sent, 0, compute + sent / machine.link(ranks))
+    once = (model.itemsize * k if sparse else 12 * model.total) / ranks if ranks > 1 else 0
+    return Cost("shard", memory, sent, once, compute + sent / machine.link(ranks))
 
 
 def amount(size: float) -> str:
@@ -237,9 +250,6 @@ def make(folder: Path) -> Model:
 
 def worker(folder: Path, parallel: str) -> None:
     """One rank: score, select, and say what it took."""
-    import torch
-    import torch.distributed as dist
-
     from safecrit import distributed
     from safecrit.api.judging import JudgeChoice
     from safecrit.api.score import run_score
@@ -250,17 +260,7 @@ def worker(folder: Path, parallel: str) -> None:
     from safecrit.sharding import ShardedScorer
 
     ranks = distributed.start(120)
-    fsdp = {"bytes": 0.0}
-    named = ("all_gather_into_tensor", "reduce_scatter_tensor")
-    for name in ("all_gather_single", "reduce_scatter_single") if hasattr(dist, "all_gather_single") else named:
-        inner = getattr(dist, name)
-
-        def counted(*rest: Any, inner: Any = inner, **more: Any) -> Any:
-            tensors = [value for value in (*rest, *more.values()) if isinstance(value, torch.Tensor)]
-            fsdp["bytes"] += others(ranks.world) * max(tensor.nbytes for tensor in tensors)
-            return inner(*rest, **more)
-
-        setattr(dist, name, counted)
+    fsdp = counter(ranks.world)
     seconds: dict[str, float] = {}
     kind = ShardedScorer if parallel == "shard" else Scorer
     plain = kind.run
@@ -277,11 +277,7 @@ def worker(folder: Path, parallel: str) -> None:
         return found
 
     setattr(kind, "run", timed)  # noqa: B010 - another signature
-    rate = torch.zeros(1 << 22)
-    distributed.sum_(rate)
-    start = time.perf_counter()
-    distributed.sum_(rate)
-    link = 2 * others(ranks.world) * rate.nbytes / (time.perf_counter() - start)
+    link = link_rate(ranks.world)
     job = ScoreJob(
         model=str(folder / "model"),
         judge=JudgeChoice(name=str(folder / "guard")),
@@ -316,11 +312,7 @@ def measure(save: bool) -> None:
         )
         print("|---" * 12 + "|")
         for ranks, mode in ((1, "replicate"), (2, "replicate"), (4, "replicate"), (2, "shard"), (4, "shard")):
-            place = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--nproc-per-node={ranks}"]
-            line = [sys.executable, "-m", "torch.distributed.run", *place, __file__, "--worker", str(folder), mode]
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout.splitlines()[-1])
+            found = launch(__file__, ranks, str(folder), mode)
             seconds, sent = found["seconds"]["score"], found["sent"]
             alone = alone or seconds
             work = replace(Work(), batch=BATCH, draws=1, conversations=64)
