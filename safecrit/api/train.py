@@ -77,7 +77,7 @@ class TrainOutcome:
 
 def check_inputs(job: TrainJob) -> Mask:
     """Find the user's mistakes before an output folder is made; the mask, checked to be this model's."""
-    check_parallel(job)
+    check_parallel(job, job.parallel)
     folder = resolve_folder(job.model, revision=job.revision)
     mask = Mask.load(job.mask)
     if job.lora is not None:
@@ -102,11 +102,7 @@ def run_training(
 
     parallel: replicate, or shard, which divides the model over the ranks.
     """
-    if parallel == "shard" and job.settings.optim == "adafactor":
-        raise SafecritError(
-            "--optim adafactor: its statistics of rows and columns cannot follow weights that are divided by rows. "
-            "Use --parallel replicate, or --optim adamw_torch."
-        )
+    check_parallel(job, parallel)
     mask = Mask.load(job.mask)
     if job.lora is not None:
         outcome = _run_lora(job, job.lora, mask, folder, report)

@@ -55,10 +55,15 @@ class TrainSurvey:
         return {place: peak(parts, place) for place in PLACES}  # type: ignore[arg-type]
 
 
-def check_parallel(job: TrainJob) -> None:
-    """SafecritError where an adapter is to be trained on a divided base."""
-    if job.parallel == "shard" and job.lora is not None:
+def check_parallel(job: TrainJob, parallel: str) -> None:
+    """SafecritError where an adapter, or an optimizer that needs whole weights, is to be trained on a divided base."""
+    if parallel == "shard" and job.lora is not None:
         raise SafecritError("--parallel shard: --use-peft keeps the whole base on every rank. Use replicate.")
+    if parallel == "shard" and job.mode == "spa" and job.settings.optim == "adafactor":
+        raise SafecritError(
+            "--optim adafactor: its statistics of rows and columns cannot follow weights that are divided by rows. "
+            "Use --parallel replicate, or --optim adamw_torch."
+        )
 
 
 def parallel_mode(job: TrainJob, found: TrainSurvey | None = None) -> tuple[str, str]:
@@ -67,7 +72,7 @@ def parallel_mode(job: TrainJob, found: TrainSurvey | None = None) -> tuple[str,
     It looks at this rank's memory, so rank 0 decides for all: `distributed.from_first(lambda: parallel_mode(job))`,
     before a model is loaded. Errors are those of `check_parallel` and `survey`.
     """
-    check_parallel(job)
+    check_parallel(job, job.parallel)
     if job.lora is not None:
         return "replicate", "an adapter trains beside the whole base"
     if job.parallel != "auto":
@@ -79,6 +84,7 @@ def parallel_mode(job: TrainJob, found: TrainSurvey | None = None) -> tuple[str,
     need = found.peaks("replicate")
     if all(need[place] <= found.available[place] for place in ("device", "host")):
         return "replicate", "model and state fit every rank whole"
+    check_parallel(job, "shard")
     return "shard", "model and state do not fit a rank whole"
 
 

@@ -207,20 +207,19 @@ def _run(
         return
     distributed.start(context.params["dist_timeout"])
 
-    def checked() -> str:
+    def checked() -> tuple[str, tuple[str, str]]:
         mask = check_inputs(job)
-        return headline(mask, mode) if lora is None else lora_headline(lora)
+        line = headline(mask, mode) if lora is None else lora_headline(lora)
+        return line, parallel_mode(job) if faults.watching() else ("replicate", "")
 
-    training_line = distributed.from_first(checked)
+    training_line, (parallel, reason) = distributed.from_first(checked)
     folder = distributed.from_first(lambda: open_output(path, mode, settings, overwrite=overwrite, inside="safecrit"))
     for place in (folder.path, folder.path / "safecrit"):
         distributed.writes_in(place)
     if folder.resumed:
         sink.note(f"resuming the interrupted run in {folder.path}")
     sink.line(training_line)
-    parallel, reason = "replicate", ""
     if faults.watching():
-        parallel, reason = distributed.from_first(lambda: parallel_mode(job))
         sink.note(f"{distributed.current()}: {parallel} ({reason})")
     outcome = run_training(job, folder.path, sink.progress, parallel)
     result, report = outcome.result, outcome.verified
