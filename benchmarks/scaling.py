@@ -140,7 +140,7 @@ def mask(model: Model, ranks: int, machine: Machine, work: Work) -> Cost:
 def trained(model: Model, ranks: int, work: Work, sparse: bool, sharded: bool) -> float:
     """What stays of SET: weights, and of the k trained ones position, master, moments and gathered gradient.
 
-    Of SPA, all float32: weights, gradients and moments, a bit of a scored weight, position and value of a protected one.
+    Of SPA, all float32: weights, gradients, moments, a bit of a scored weight, position and value of a protected one.
     """
     k = work.share * model.total
     size = model.itemsize * model.total + 20 * k if sparse else 16 * model.total + model.scored / 8 + 8 * k

@@ -4,7 +4,7 @@
 
 A step is MICRO micro-batches on every rank. Bytes sent are those of a rank and a step: our own collectives, FSDP2's,
 and the buckets that DistributedDataParallel sums. Bytes kept are those that a rank holds as an update begins:
-weights, gradients, optimizer state, positions, protected values, buckets; without activations. Seconds are the
+weights, gradients, optimizer state, positions, protected values; without activations. Seconds are the
 median of the steps between two updates, predicted from one process's, the number of cores, and the rate of a sum
 or, divided, of two gathers and a scatter.
 """
