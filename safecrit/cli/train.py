@@ -27,6 +27,7 @@ Warmup = Annotated[float, typer.Option("--warmup-ratio", min=0, max=1, help="Sha
 Decay = Annotated[float, typer.Option("--weight-decay", min=0, help="Decoupled weight decay of trained weights.")]
 Norm = Annotated[float, typer.Option("--max-grad-norm", min=0, help="Clip the gradient's norm; 0 does not clip.")]
 Length = Annotated[int, typer.Option("--max-length", min=8, help="Longest example, in tokens.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; weights and state stay as they are.")]
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory.")]
 SaveSteps = Annotated[int, typer.Option("--save-steps", min=0, help="Save a checkpoint every N steps; 0 saves none.")]
 ReportTo = Annotated[str, typer.Option("--report-to", help="none, or a tracker that transformers knows.")]
@@ -60,6 +61,7 @@ def set_(
     weight_decay: Decay = 0.0,
     max_grad_norm: Norm = 1.0,
     max_length: Length = 2048,
+    bf16: Bf16 = False,
     gradient_checkpointing: Checkpointing = False,
     save_steps: SaveSteps = 0,
     report_to: ReportTo = "none",
@@ -128,6 +130,7 @@ def spa(
     ] = None,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = False,
     use_dora: Annotated[bool, typer.Option("--use-dora", help="Weight-decomposed LoRA (DoRA).")] = False,
+    bf16: Bf16 = False,
     gradient_checkpointing: Checkpointing = False,
     save_steps: SaveSteps = 0,
     report_to: ReportTo = "none",
