@@ -175,7 +175,8 @@ def amount(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.2g} s" if seconds >= 1 else f"{seconds * 1e3:.2g} ms"
+    value, unit = (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms")
+    return f"{float(f'{value:.2g}'):,g} {unit}"  # 270 ms, and not 2.7e+02 ms
 
 
 def fits(size: float, machine: Machine) -> str:
