@@ -84,7 +84,7 @@ def together(request: pytest.FixtureRequest, world: World) -> Path:
     commands.append(world.evaluate(out / "eval"))
     code, _, err = run(torchrun(ranks, "tests.dist.commands", json.dumps(commands)), 240)
     assert code == 0, err
-    assert f"{ranks} ranks: shard (as asked for)" in err
+    assert f"{ranks} rank{'s' if ranks > 1 else ''}: shard (as asked for)" in err
     assert ranks == 1 or f"{ranks} ranks: replicate (model, judge and sums fit every rank whole)" in err
     return out
 
