@@ -27,7 +27,7 @@ from safecrit.files import PART, remove_parts
 
 BEAT_S = 1.0
 SILENT_S = 45.0  # a rank that is silent for so long is lost; the job ends within a minute
-ADVICE = "Run the same command again, on any number of ranks: it resumes."
+ADVICE = "Run the same command again, on any number of ranks: it goes on from what was saved."
 
 
 class _Watch:

@@ -55,7 +55,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise SafecritError(
-            f"{path}: could not be written ({error.strerror or error}). Nothing was changed; "
+            f"{path}: could not be written ({error.strerror or error}). It is as it was before; "
             "free some space or choose another -o."
         ) from error
     finally:

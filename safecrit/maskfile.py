@@ -22,6 +22,8 @@ from safecrit.tensorfile import SHARD_BYTES
 
 __all__ = ["TIE_RULE", "Mask", "MaskInfo"]
 
+_REMEDY = "Make a mask of this model: `safecrit score`, then `safecrit mask`."
+
 
 class HasLayouts(Protocol):
     """Anything that knows a model's checkpoint tensors, such as `safecrit.anatomy.Anatomy`."""
@@ -160,16 +162,20 @@ class Mask:
         for name, shape in known.items():
             needed = name in self.indices or self.info.tensors[name].eligible
             if name not in shapes and needed:
-                raise MismatchError(f"the mask is of {self._model}, which has {name!r}; this model has no such tensor.")
+                raise MismatchError(
+                    f"the mask is of {self._model}, which has {name!r}; this model has no such tensor. {_REMEDY}"
+                )
             if name in shapes and shapes[name] != shape:
                 raise MismatchError(
                     f"the mask is of {self._model}, where {name!r} is {_shape(shape)}; in this model it is "
-                    f"{_shape(shapes[name])}."
+                    f"{_shape(shapes[name])}. {_REMEDY}"
                 )
         ties = {layout.shape for layout in self.info.tensors.values() if _may_be_tied(layout)}
         for name, shape in shapes.items():
             if name not in known and len(shape) == 2 and shape not in ties:
-                raise MismatchError(f"this model has a tensor {name!r} that the mask's model, {self._model}, has not.")
+                raise MismatchError(
+                    f"this model has a tensor {name!r} that the mask's model, {self._model}, has not. {_REMEDY}"
+                )
         accepted = list(fingerprints)
         if accepted and self.info.fingerprint not in accepted and not allow_other_weights:
             raise MismatchError(

@@ -234,7 +234,7 @@ def train(
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
         start, before = time.perf_counter(), distributed.sent_bytes()
-        last = distributed.from_first(lambda: _last_checkpoint(folder)) if saving else None
+        last = distributed.from_first(lambda: last_checkpoint(folder)) if saving else None
         try:
             trainer.train(resume_from_checkpoint=last)
         finally:
@@ -261,7 +261,7 @@ def _adamw(settings: TrainSettings) -> dict[str, Any]:
     }
 
 
-def _last_checkpoint(folder: Path) -> str | None:
+def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint in `folder`; Trainer writes `trainer_state.json` last, so a cut save lacks it."""
     found = []
     for state in folder.glob("checkpoint-*/trainer_state.json"):

@@ -139,7 +139,8 @@ def lines(found: DryRun) -> list[str]:
             room = gib(_room(place, found.available))
             peaks.append((place, *(gib(found.peaks[place][phase]) for phase in PHASES), room))
     disk = max(found.peaks["disk"].values())
-    out += [*table(peaks), "", f"Disk: {gib(disk)} GiB needed, {gib(found.available['disk'])} GiB free."]
+    share = ", a rank's share of the host's" if found.ranks > 1 else ""
+    out += [*table(peaks), "", f"Disk: {gib(disk)} GiB needed, {gib(found.available['disk'])} GiB free{share}."]
     for lack in found.lacking:
         out.append(
             f"The {lack['place']} is too small: {lack['phase']} needs {gib(lack['bytes'])} GiB, the largest part of "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from safecrit import distributed
+from safecrit import distributed, faults
 from safecrit.adapter import Merged, merge_adapter, peft_module
 from safecrit.anatomy import read_anatomy
 from safecrit.api.trainplacing import check_parallel
+from safecrit.api.trainresume import checkpoints_of, same_examples_a_step
 from safecrit.cardfigures import add_evaluation, evaluated, read_results
 from safecrit.delta import Delta, apply_delta
 from safecrit.divided import load_model_divided
-from safecrit.errors import SafecritError
-from safecrit.files import checkpoint_tensors, write_json
+from safecrit.files import checkpoint_tensors
 from safecrit.fingerprint import accepted_fingerprints
 from safecrit.fsdp import all_ranks, from_first_whole, shard
 from safecrit.lora import LoraSettings, merged_result, train_adapter
@@ -96,14 +95,24 @@ def read_data(job: TrainJob) -> tuple[TrainData, TrainData | None]:
 
 
 def run_training(
-    job: TrainJob, folder: Path, report: Reporter = quiet_reporter, parallel: str = "replicate"
+    job: TrainJob,
+    folder: Path,
+    report: Reporter = quiet_reporter,
+    parallel: str = "replicate",
+    reason: str = "as asked for",
+    note: Callable[[str], None] = lambda text: None,
 ) -> TrainOutcome:
     """Train, write `folder`, and verify the files written against the base; of several ranks the first does that.
 
-    parallel: replicate, or shard, which divides the model over the ranks.
+    parallel: replicate, or shard, which divides the model over the ranks. note: hears of it, of its reason, and how
+    many examples a step takes.
     """
     check_parallel(job, parallel)
-    mask = Mask.load(job.mask)
+    settings = same_examples_a_step(job.settings, folder)
+    if faults.watching():
+        each = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        note(f"{distributed.current()}: {parallel} ({reason}), {each * distributed.current().world} examples a step")
+    job, mask = replace(job, settings=settings), Mask.load(job.mask)
     if job.lora is not None:
         outcome = _run_lora(job, job.lora, mask, folder, report)
     else:
@@ -119,8 +128,6 @@ def _run(job: TrainJob, mask: Mask, folder: Path, report: Reporter, parallel: st
     data, retain = read_data(job)
     loaded = _load(job, mask, parallel)
     run = run_set if job.mode == "set" else run_spa
-    checkpoints = folder / "safecrit" / "checkpoints"
-    settings = _same_global_batch(job.settings, checkpoints / "batch.json") if job.settings.save_steps else job.settings
     with report("training", "steps") as progress:
         result = run(
             loaded,
@@ -128,9 +135,9 @@ def _run(job: TrainJob, mask: Mask, folder: Path, report: Reporter, parallel: st
             data.examples,
             retain.examples if retain else None,
             job.retain_share,
-            settings,
+            job.settings,
             lambda step, total, loss: progress(step, total, f"loss {loss:.3f}"),
-            checkpoints=checkpoints,
+            checkpoints=checkpoints_of(folder),
             allow_other_weights=job.allow_other_weights,
         )
 
@@ -162,29 +169,6 @@ def _load(job: TrainJob, mask: Mask, parallel: str) -> LoadedModel:
     return load_model_divided(job.model, mesh, divide, **source)
 
 
-def _same_global_batch(settings: TrainSettings, file: Path) -> TrainSettings:
-    """`settings`, or with another accumulation where an interrupted run was of another number of ranks.
-
-    `file` keeps the run's examples a step, so that a resumed run takes the steps that it would have taken.
-    """
-    world, size = distributed.current().world, settings.per_device_train_batch_size
-    one_batch = world * size
-
-    def known() -> int:
-        if file.is_file():
-            return int(json.loads(file.read_text(encoding="utf-8"))["examples_a_step"])
-        write_json(file, {"examples_a_step": one_batch * settings.gradient_accumulation_steps})
-        return one_batch * settings.gradient_accumulation_steps
-
-    wanted = distributed.from_first(known)
-    if wanted % one_batch:
-        raise SafecritError(
-            f"{file.parent}: the interrupted run took {wanted} examples a step, which {world} ranks with {size} at "
-            "once cannot divide. Resume it on another number of ranks."
-        )
-    return replace(settings, gradient_accumulation_steps=wanted // one_batch)
-
-
 def _run_lora(job: TrainJob, lora: LoraSettings, mask: Mask, folder: Path, report: Reporter) -> TrainOutcome:
     """Train an adapter, then merge it into the model loaded afresh, as `safecrit merge` does; rank 0 merges."""
     data, retain = read_data(job)
@@ -193,19 +177,17 @@ def _run_lora(job: TrainJob, lora: LoraSettings, mask: Mask, folder: Path, repor
         "device": job.device,
         "trust_remote_code": job.trust_remote_code,
     }
-    checkpoints = folder / "safecrit" / "checkpoints"
-    settings = _same_global_batch(job.settings, checkpoints / "batch.json") if job.settings.save_steps else job.settings
     with report("training", "steps") as progress:
         adapter = train_adapter(
             load_model(job.model, dtype=job.dtype, **source),
             data.examples,
             retain.examples if retain else None,
             job.retain_share,
-            settings,
+            job.settings,
             lora,
             folder / "safecrit" / "adapter",
             lambda step, total, loss: progress(step, total, f"loss {loss:.3f}"),
-            checkpoints=checkpoints,
+            checkpoints=checkpoints_of(folder),
         )
 
     def merge() -> tuple[Merged, VerifyReport]:

@@ -37,6 +37,8 @@ def main() -> None:
                 distributed.finish()
             if end.code == INTERRUPTED:  # Typer's way to pass Ctrl-C on
                 sys.stderr.write("\ninterrupted: finished files are whole; run the same command again to go on.\n")
+                if faults.watching():
+                    faults.end("", INTERRUPTED)  # threads that wait for other ranks outlive no usual exit
             raise
     except SafecritError as error:
         if debug:

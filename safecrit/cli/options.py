@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,7 +28,24 @@ TRANSIENT = {
     "parallel",
 }
 DIST_TIMEOUT_S = 1800
-RANKS_ALONE = "--ranks goes with --dry-run alone; a run on several ranks is started by torchrun."
+
+
+def check_dry(context: typer.Context) -> None:
+    """UsageError where an option stands without the --dry-run that it belongs to."""
+    from safecrit.errors import UsageError
+
+    if context.params["ranks"] > 1:
+        raise UsageError("--ranks goes with --dry-run alone; a run on several ranks is started by torchrun.")
+    if context.params["gpu_memory"] is not None:
+        raise UsageError("--gpu-memory goes with --dry-run alone; a run takes what the device has.")
+
+
+def asked_ranks(context: typer.Context) -> int:
+    """The ranks that a dry run is about: --ranks, or those that a launcher started."""
+    from safecrit import faults
+
+    ranks: int = context.params["ranks"]
+    return int(os.environ["WORLD_SIZE"]) if ranks == 1 and faults.launched() else ranks
 
 
 def _load_config(context: typer.Context, value: Path | None) -> Path | None:

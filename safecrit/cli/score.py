@@ -161,17 +161,15 @@ def score(
     of its verdict goes back through both. Scores land in the output folder.
     """
     from safecrit import distributed
-    from safecrit.errors import UsageError
     from safecrit.outputs import default_output
 
     sink = Sink(as_json=as_json, quiet=quiet)
     settings = o.resolved(context)
     if dry_run:
         settings["parallel"] = parallel
-        _dry_run(settings, ranks, gpu_memory, output or default_output("score", model), sink)
+        _dry_run(settings, o.asked_ranks(context), gpu_memory, output or default_output("score", model), sink)
         return
-    if ranks > 1:
-        raise UsageError(o.RANKS_ALONE)
+    o.check_dry(context)
     distributed.start(dist_timeout)
     run({**settings, "parallel": parallel}, output or default_output("score", model), overwrite, sink)
 

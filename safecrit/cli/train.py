@@ -20,8 +20,12 @@ Retain = Annotated[
 RetainShare = Annotated[float, typer.Option("--retain-share", min=0, max=0.99, help="Share of retain examples.")]
 Steps = Annotated[int, typer.Option("--max-steps", "--steps", min=1, help="Optimizer steps.")]
 Rate = Annotated[float, typer.Option("--learning-rate", "--lr", min=0, help="Peak learning rate.")]
-Batch = Annotated[int, typer.Option("--per-device-train-batch-size", "--batch-size", min=1, help="Examples at once.")]
-Accumulation = Annotated[int, typer.Option("--gradient-accumulation-steps", min=1, help="Batches per optimizer step.")]
+Batch = Annotated[
+    int, typer.Option("--per-device-train-batch-size", "--batch-size", min=1, help="Examples at once, on each rank.")
+]
+Accumulation = Annotated[
+    int, typer.Option("--gradient-accumulation-steps", min=1, help="Batches per optimizer step, on each rank.")
+]
 Scheduler = Annotated[str, typer.Option("--lr-scheduler-type", help="cosine, linear, constant, ...")]
 Warmup = Annotated[float, typer.Option("--warmup-ratio", min=0, max=1, help="Share of the steps that warm up.")]
 Decay = Annotated[float, typer.Option("--weight-decay", min=0, help="Decoupled weight decay of trained weights.")]
@@ -176,7 +180,8 @@ def _run(
     from safecrit import distributed, faults
     from safecrit.api.train import TrainJob, check_inputs, headline, run_training
     from safecrit.api.trainplacing import parallel_mode
-    from safecrit.errors import CheckFailed, UsageError
+    from safecrit.api.trainresume import as_begun, resumption
+    from safecrit.errors import CheckFailed
     from safecrit.hub import push
     from safecrit.lora import lora_headline
     from safecrit.outputs import default_output, open_output
@@ -196,14 +201,14 @@ def _run(
         **{key: value for key, value in settings.items() if key in own},
     )
     path = output or default_output(mode, job.model)
-    if context.params["ranks"] > 1 and not context.params["dry_run"]:
-        raise UsageError(o.RANKS_ALONE)
+    if not context.params["dry_run"]:
+        o.check_dry(context)
     if context.params["dry_run"]:
         from dataclasses import asdict
 
         from safecrit.api.traindryrun import dry_run, lines
 
-        found = dry_run(job, ranks=context.params["ranks"], gpu_memory=context.params["gpu_memory"], output=path)
+        found = dry_run(job, ranks=o.asked_ranks(context), gpu_memory=context.params["gpu_memory"], output=path)
         for line in lines(found):
             sink.line(line)
         sink.result(asdict(found))
@@ -216,15 +221,14 @@ def _run(
         return line, parallel_mode(job) if faults.watching() else ("replicate", "")
 
     training_line, (parallel, reason) = distributed.from_first(checked)
+    settings = distributed.from_first(lambda: as_begun(settings, path))
     folder = distributed.from_first(lambda: open_output(path, mode, settings, overwrite=overwrite, inside="safecrit"))
     for place in (folder.path, folder.path / "safecrit"):
         distributed.writes_in(place)
     if folder.resumed:
-        sink.note(f"resuming the interrupted run in {folder.path}")
+        sink.note(distributed.from_first(lambda: resumption(folder.path)))
     sink.line(training_line)
-    if faults.watching():
-        sink.note(f"{distributed.current()}: {parallel} ({reason})")
-    outcome = run_training(job, folder.path, sink.progress, parallel)
+    outcome = run_training(job, folder.path, sink.progress, parallel, reason, sink.note)
     result, report = outcome.result, outcome.verified
     if outcome.skipped:
         sink.warn(f"{outcome.skipped} rows without prompt or answer were left out")
