@@ -115,6 +115,7 @@ def test_bfloat16_follows_a_float32_master() -> None:
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # by torch's compiler
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # torch, of Python 3.13.0
 def test_blocks_that_are_compiled_train_as_the_others() -> None:
     model, twin = build("llama"), build("llama")
     mask = random_mask(model, 0.05)
