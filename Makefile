@@ -29,11 +29,11 @@ demo: $(STAMP)
 
 # One process a core, one thread each: more threads than cores would wait for one another.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto --maxprocesses=4
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup
 
 # Tests that start processes, one after another: 4 ranks, failing ranks, two network namespaces.
 ranks: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/dist -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/ranks -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

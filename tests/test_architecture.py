@@ -138,3 +138,8 @@ def test_import_and_help_are_light() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert "score" in done.stdout
+
+
+def test_no_folder_of_tests_is_left_out() -> None:
+    folders = {path.name for path in (ROOT / "tests").rglob("*") if path.is_dir()}
+    assert not folders & {"dist", "build", "venv", "env", "site-packages"}  # pytest and ruff pass these by

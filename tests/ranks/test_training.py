@@ -18,9 +18,9 @@ from safecrit.errors import SafecritError
 from safecrit.files import checkpoint_tensors
 from safecrit.maskfile import Mask
 from safecrit.tensorfile import MappedFiles
-from tests.dist import world as worlds
-from tests.dist.launch import run, torchrun
-from tests.dist.world import World
+from tests.ranks import world as worlds
+from tests.ranks.launch import finish, run, start, torchrun
+from tests.ranks.world import World
 
 BATCH = 4  # accumulation times ranks
 MODES, MODELS, PARALLEL = ("set", "spa"), ("dense", "tied", "moe"), ("replicate", "shard")
@@ -97,17 +97,17 @@ def test_weights_are_those_of_one_process(ranks: int, world: World) -> None:
     out = world.folder / str(ranks)
     folders = {case: out / "-".join(case) for case in cases}
     commands = [
-        train(world, mode, model, folder, ranks, "--parallel", parallel)
+        train(world, mode, model, folder, ranks, "--parallel", parallel, "--save-steps", 0)
         for (mode, model, parallel), folder in folders.items()
     ]
-    code, _, err = run(torchrun(ranks, "tests.dist.commands", json.dumps(commands)), 240)
+    code, _, err = run(torchrun(ranks, "tests.ranks.commands", json.dumps(commands)), 240)
     assert code == 0, err
     for parallel in PARALLEL:
         assert err.count(f"{ranks} ranks: {parallel}") == sum(case[2] == parallel for case in cases)
     for (mode, model, parallel), folder in folders.items():
         expected = world.folder / f"1-{ranks}" / f"{mode}-{model}"
         if not expected.exists():
-            alone(train(world, mode, model, expected, 1))
+            alone(train(world, mode, model, expected, 1, "--save-steps", 0))
         assert_same_weights(world, mode, model, expected, folder)
         one, several = (json.loads((place / "safecrit/training.json").read_text()) for place in (expected, folder))
         assert one["tokens"] == several["tokens"] and one["data"] == several["data"]
@@ -135,14 +135,14 @@ def test_a_killed_run_goes_on(case: tuple[str, str, str], world: World, tmp_path
     killed = tmp_path / "killed"
     command = train(world, mode, model, killed, 2, "--parallel", parallel)
     dying = [1, 11 * BATCH // 2, "kill", *command]
-    code, _, err = run(torchrun(2, "tests.dist.dying", *dying), 100)
+    dies, expected = start(torchrun(2, "tests.ranks.dying", *dying)), tmp_path / "expected"
+    alone(train(world, mode, model, expected, 1))
+    code, _, err = finish(dies, 100)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(errors) == 1, err
     assert errors[0].startswith("error: rank 1 of 2 (") and "fell silent: killed" in errors[0]
     assert list(killed.glob("safecrit/checkpoints/checkpoint-8")) and not (killed / "config.json").exists()
     assert not list(killed.rglob(".*.part"))
-    expected = tmp_path / "expected"
-    alone(train(world, mode, model, expected, 1))
     again = tmp_path / "again"
     shutil.copytree(killed, again)
     alone(train(world, mode, model, again, 2, "--parallel", parallel))
@@ -162,7 +162,7 @@ def test_accelerates_plugin_divides_a_script_of_ones_own(mode: str, world: World
     mask = world.folder / "tied.safetensors"
     arguments = [mode, world.models["tied"], mask, world.folder / "data.jsonl"]
     for command, name in (([sys.executable, "-m"], "one"), (torchrun(2, "")[:-1], "two")):
-        code, _, err = run([*command, "tests.dist.plugin", *map(str, arguments), str(tmp_path / name)])
+        code, _, err = run([*command, "tests.ranks.plugin", *map(str, arguments), str(tmp_path / name)])
         assert code == 0, err
     one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
     chosen, base = Mask.load(mask), AutoModelForCausalLM.from_pretrained(world.models["tied"]).state_dict()

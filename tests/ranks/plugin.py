@@ -45,7 +45,8 @@ def train(mode: str, model: Path, mask: Path, data: Path, out: Path) -> None:
             return self.optimizer
 
     world = int(os.environ.get("WORLD_SIZE", 1))
-    plugin: dict[str, Any] = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": False}
+    blocks = "TRANSFORMER_BASED_WRAP"
+    plugin: dict[str, Any] = {"version": 2, "auto_wrap_policy": blocks, "cpu_ram_efficient_loading": False}
     arguments = TrainingArguments(
         output_dir=str(out.parent / "trainer"),
         max_steps=10,

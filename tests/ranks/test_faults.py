@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist import world as worlds
-from tests.dist.launch import run, torchrun
-from tests.dist.world import World
+from tests.ranks import world as worlds
+from tests.ranks.launch import run, torchrun
+from tests.ranks.world import World
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ def test_a_failing_rank_ends_the_job_and_is_named(
 ) -> None:
     timeout = ["--dist-timeout", 15] if how in ("stop", "hang") else []  # elsewhere nobody waits so long
     command = world.score("dense", tmp_path / "out", "--batch-size", 1, "--parallel", parallel, *timeout)
-    code, out, err = run(torchrun(2, "tests.dist.dying", 1, 2, how, *command), 180)
+    code, out, err = run(torchrun(2, "tests.ranks.dying", 1, 2, how, *command), 180)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     if how == "memory" and parallel == "shard":
         said = "rank 1 of 2: out of memory while scoring. Lower"

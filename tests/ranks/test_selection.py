@@ -8,8 +8,8 @@ import torch
 
 from safecrit import ops
 from safecrit.ops.rank_counts import INFINITY
-from tests.dist.launch import run, torchrun
-from tests.dist.selecting import masks
+from tests.ranks.launch import run, torchrun
+from tests.ranks.selecting import masks
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
@@ -19,7 +19,7 @@ def test_masks_are_bit_identical_and_little_is_sent(ranks: int, tmp_path: Path) 
     together.mkdir()
     refused, nothing = masks(alone)
     assert not any(nothing.values())
-    code, out, err = run(torchrun(ranks, "tests.dist.selecting", together))
+    code, out, err = run(torchrun(ranks, "tests.ranks.selecting", together))
     assert code == 0, err
     reports = json.loads(out)
     assert [report["rank"] for report in reports] == list(range(ranks))

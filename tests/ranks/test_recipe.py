@@ -9,8 +9,8 @@ import yaml
 
 from safecrit.cli.app import app
 from safecrit.maskfile import Mask
-from tests.dist import world as worlds
-from tests.dist.launch import run, torchrun
+from tests.ranks import world as worlds
+from tests.ranks.launch import run, torchrun
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Run by torchrun: a command line of safecrit, on a rank of which something goes wrong at a certain batch of `score`, `set` or `spa`."""
+"""Run by torchrun: `score`, `set` or `spa`, on a rank of which something goes wrong at a certain batch."""
 
 from __future__ import annotations
 

@@ -25,7 +25,12 @@ def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
 
 def run(command: Sequence[str], timeout: float = 120, **environment: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr."""
-    with start(command, **environment) as process:
+    return finish(start(command, **environment), timeout)
+
+
+def finish(started: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of what `start` started."""
+    with started as process:
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

@@ -16,10 +16,10 @@ from safecrit import scoring
 from safecrit.cli.app import app
 from safecrit.maskfile import Mask
 from safecrit.scorefile import Scores
-from tests.dist import poison
-from tests.dist import world as worlds
-from tests.dist.launch import run, torchrun
-from tests.dist.world import World
+from tests.ranks import poison
+from tests.ranks import world as worlds
+from tests.ranks.launch import finish, run, start, torchrun
+from tests.ranks.world import World
 from tests.test_divided import resaved
 
 # name: model, whether answers are given, flags of one process and of several, flags of several alone
@@ -78,11 +78,12 @@ def together(request: pytest.FixtureRequest, world: World) -> Path:
     """What several processes make of the same models, in one process group."""
     ranks, out = request.param, world.folder / f"ranks-{request.param}"
     commands = [
-        world.score(model, out / name, *flags, *more, given=given) for name, (model, given, flags, more) in CASES.items()
+        world.score(model, out / name, *flags, *more, given=given)
+        for name, (model, given, flags, more) in CASES.items()
     ]
     commands.append(["mask", str(world.folder / "1/tied"), "--top", "2%", "-o", str(out / "mask.safetensors")])
     commands.append(world.evaluate(out / "eval"))
-    code, _, err = run(torchrun(ranks, "tests.dist.commands", json.dumps(commands)), 240)
+    code, _, err = run(torchrun(ranks, "tests.ranks.commands", json.dumps(commands)), 240)
     assert code == 0, err
     assert f"{ranks} rank{'s' if ranks > 1 else ''}: shard (as asked for)" in err
     assert ranks == 1 or f"{ranks} ranks: replicate (model, judge and sums fit every rank whole)" in err
@@ -117,8 +118,12 @@ def killed_command(world: World, out: Path, how: str) -> list[str]:
 def killed(world: World) -> dict[str, Path]:
     """Runs of two ranks the second of which was killed in the middle, by how they were parallel."""
     outs = {how: world.folder / f"killed-{how}" for how in HOW}
+    runs = {
+        how: start(torchrun(2, "tests.ranks.dying", 1, 3, "kill", *killed_command(world, out, how)))
+        for how, out in outs.items()
+    }
     for how, out in outs.items():
-        code, printed, err = run(torchrun(2, "tests.dist.dying", 1, 3, "kill", *killed_command(world, out, how)), 100)
+        code, printed, err = finish(runs[how], 100)
         assert code == 1 and printed == ""
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and errors[0].startswith("error: rank 1 of 2 (") and "fell silent: killed" in errors[0]
@@ -163,7 +168,7 @@ def check_resumed(ranks: int, killed: dict[str, Path], undisturbed: Path, world:
         outs.append(tmp_path / f"{before}-{after}")
         shutil.copytree(killed[before], outs[-1])
         commands.append(killed_command(world, outs[-1], after))
-    code, _, err = run(torchrun(ranks, "tests.dist.commands", json.dumps(commands)))
+    code, _, err = run(torchrun(ranks, "tests.ranks.commands", json.dumps(commands)))
     assert code == 0, err
     assert err.count("resuming the interrupted run") == len(commands)
     for out in outs:
@@ -174,7 +179,7 @@ def check_resumed(ranks: int, killed: dict[str, Path], undisturbed: Path, world:
 @pytest.mark.parametrize("how", HOW)
 def test_a_poisoned_prompt_is_dropped_alone(how: str, world: World, tmp_path: Path) -> None:
     poison.poisoned(world.score("dense", tmp_path / "1"))
-    code, _, err = run(torchrun(2, "tests.dist.poison", *world.score("dense", tmp_path / "2", "--parallel", how)))
+    code, _, err = run(torchrun(2, "tests.ranks.poison", *world.score("dense", tmp_path / "2", "--parallel", how)))
     assert code == 0, err
     one, other = (Scores.load(tmp_path / name).info["prompts"] for name in ("1", "2"))
     assert one["dropped"] == other["dropped"] == [{"row": poison.ROW, "reason": "weight gradient not finite"}]
@@ -190,6 +195,8 @@ def test_a_model_that_ranks_load_whole_in_turn(world: World, tmp_path: Path) -> 
         lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}),
     )
     both = replace(world, models={"both": model})
-    code, _, err = run(torchrun(2, "tests.dist.commands", json.dumps([both.score("both", tmp_path / "2", "--parallel", "shard")])))
+    code, _, err = run(
+        torchrun(2, "tests.ranks.commands", json.dumps([both.score("both", tmp_path / "2", "--parallel", "shard")]))
+    )
     assert code == 0, err
     check_scores(world.folder / "1/tied", tmp_path / "2", tmp_path)

@@ -13,8 +13,8 @@ import pytest
 
 from safecrit.cli.app import app
 from safecrit.maskfile import Mask
-from tests.dist import world as worlds
-from tests.dist.launch import ROOT
+from tests.ranks import world as worlds
+from tests.ranks.launch import ROOT
 
 pytestmark = pytest.mark.slow
 HOSTS = {f"safecrit-{os.getpid()}-a": "10.213.7.1", f"safecrit-{os.getpid()}-b": "10.213.7.2"}

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from safecrit.cli.app import app
-from tests.dist import world as worlds
-from tests.dist.launch import run, torchrun
-from tests.dist.test_ranks import flat
-from tests.dist.test_training import assert_same_weights, train
+from tests.ranks import world as worlds
+from tests.ranks.launch import run, torchrun
+from tests.ranks.test_ranks import flat
+from tests.ranks.test_training import assert_same_weights, train
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +22,7 @@ def test_a_sharded_model_on_one_device_scores_as_a_whole_one(model: str, tmp_pat
     app(world.score(model, tmp_path / "whole", *device), standalone_mode=False)
     sharded = world.score(model, tmp_path / "sharded", *device, "--parallel", "shard")
     mask = ["mask", str(tmp_path / "sharded"), "--top", "1%", "-o", str(tmp_path / "mask.safetensors")]
-    code, _, err = run(torchrun(1, "tests.dist.commands", json.dumps([sharded, mask])))
+    code, _, err = run(torchrun(1, "tests.ranks.commands", json.dumps([sharded, mask])))
     assert code == 0, err
     one, other = flat(tmp_path / "whole"), flat(tmp_path / "sharded")
     assert float((one - other).norm() / one.norm()) <= 1e-5
@@ -40,6 +40,6 @@ def test_a_sharded_model_on_one_device_trains_as_a_whole_one(mode: str, model: s
     (tmp_path / "data.jsonl").write_text("\n".join(data))
     app(train(world, mode, model, tmp_path / "whole", 1, "--device", "cuda"), standalone_mode=False)
     sharded = train(world, mode, model, tmp_path / "sharded", 1, "--device", "cuda", "--parallel", "shard")
-    code, _, err = run(torchrun(1, "tests.dist.commands", json.dumps([sharded])))
+    code, _, err = run(torchrun(1, "tests.ranks.commands", json.dumps([sharded])))
     assert code == 0 and "1 rank: shard" in err, err
     assert_same_weights(world, mode, model, tmp_path / "whole", tmp_path / "sharded")

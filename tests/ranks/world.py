@@ -20,7 +20,15 @@ PROMPTS = [
     "Mix water, then flour, please",
     "Who is my neighbour?",
 ]
-ANSWERS = ["First warm the oven.", "I cannot help.", "The old keeper", "water and flour", "safe", "mix", "sorry about it"]
+ANSWERS = [
+    "First warm the oven.",
+    "I cannot help.",
+    "The old keeper",
+    "water and flour",
+    "safe",
+    "mix",
+    "sorry about it",
+]
 SIZES = {
     "hidden_size": 20,
     "head_dim": 6,
