@@ -33,7 +33,7 @@ test: $(STAMP)
 
 # Tests that start processes, one after another: 4 ranks, failing ranks, two network namespaces.
 ranks: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/ranks -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/ranks -m slow --durations=12
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -142,6 +143,7 @@ def undisturbed(world: World) -> Path:
 def test_a_killed_run_goes_on(
     killed: dict[str, Path], undisturbed: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    goes_on, outs = resume(2, killed, world, tmp_path)
     batches, inner = [], scoring.forward_logits
     monkeypatch.setattr(scoring, "forward_logits", lambda *a: batches.append(1) or inner(*a))
     for how in HOW:
@@ -152,25 +154,31 @@ def test_a_killed_run_goes_on(
         assert 0 < len(batches) < len(worlds.PROMPTS)
         assert_same_scores(undisturbed, out, tmp_path)
         assert not list(out.glob("partial-*"))
-    check_resumed(2, killed, undisturbed, world, tmp_path)
+    check_resumed(goes_on, outs, undisturbed, tmp_path)
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_four(
     killed: dict[str, Path], undisturbed: Path, world: World, tmp_path: Path
 ) -> None:
-    check_resumed(4, killed, undisturbed, world, tmp_path)
+    check_resumed(*resume(4, killed, world, tmp_path), undisturbed, tmp_path)
 
 
-def check_resumed(ranks: int, killed: dict[str, Path], undisturbed: Path, world: World, tmp_path: Path) -> None:
+def resume(
+    ranks: int, killed: dict[str, Path], world: World, tmp_path: Path
+) -> tuple[subprocess.Popen[str], list[Path]]:
     commands, outs = [], []
     for before, after in itertools.product(HOW, HOW):
         outs.append(tmp_path / f"{before}-{after}")
         shutil.copytree(killed[before], outs[-1])
         commands.append(killed_command(world, outs[-1], after))
-    code, _, err = run(torchrun(ranks, "tests.ranks.commands", json.dumps(commands)))
+    return start(torchrun(ranks, "tests.ranks.commands", json.dumps(commands))), outs
+
+
+def check_resumed(goes_on: subprocess.Popen[str], outs: list[Path], undisturbed: Path, tmp_path: Path) -> None:
+    code, _, err = finish(goes_on)
     assert code == 0, err
-    assert err.count("resuming the interrupted run") == len(commands)
+    assert err.count("resuming the interrupted run") == len(outs)
     for out in outs:
         assert_same_scores(undisturbed, out, tmp_path)
 

@@ -143,17 +143,15 @@ def test_a_killed_run_goes_on(case: tuple[str, str, str], world: World, tmp_path
     assert errors[0].startswith("error: rank 1 of 2 (") and "fell silent: killed" in errors[0]
     assert list(killed.glob("safecrit/checkpoints/checkpoint-8")) and not (killed / "config.json").exists()
     assert not list(killed.rglob(".*.part"))
-    again = tmp_path / "again"
-    shutil.copytree(killed, again)
-    alone(train(world, mode, model, again, 2, "--parallel", parallel))
-    assert_same_weights(world, mode, model, expected, again)
-    for ranks in (2,) if case == KILLED[0] else (4,):
-        again = tmp_path / str(ranks)
+    one, several, ranks = tmp_path / "one", tmp_path / "several", 2 if case == KILLED[0] else 4
+    for again in (one, several):
         shutil.copytree(killed, again)
-        command = train(world, mode, model, again, 2, "--parallel", parallel)
-        code, _, err = run(torchrun(ranks, "safecrit", *command), 100)
-        assert code == 0 and "resuming the interrupted run" in err, err
-        assert_same_weights(world, mode, model, expected, again)
+    goes_on = start(torchrun(ranks, "safecrit", *train(world, mode, model, several, 2, "--parallel", parallel)))
+    alone(train(world, mode, model, one, 2, "--parallel", parallel))
+    assert_same_weights(world, mode, model, expected, one)
+    code, _, err = finish(goes_on, 100)
+    assert code == 0 and "resuming the interrupted run" in err, err
+    assert_same_weights(world, mode, model, expected, several)
 
 
 @pytest.mark.slow
