@@ -140,12 +140,7 @@ def _count(purpose: str, size: float) -> None:
 
 def sum_(tensor: torch.Tensor, purpose: str = "") -> torch.Tensor:
     """Sum `tensor` (contiguous) over the ranks, in place, and return it."""
-    if _current.world > 1:
-        import torch.distributed as dist
-
-        _count(purpose, 2 * (_current.world - 1) / _current.world * tensor.nbytes)
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
-    return tensor
+    return _summed(tensor, _current.world, purpose)
 
 
 def processes() -> int:
@@ -157,12 +152,22 @@ def processes() -> int:
 
 def total_(tensor: torch.Tensor, purpose: str = "") -> torch.Tensor:
     """Sum `tensor` (contiguous) over `processes()`, in place, and return it."""
-    if (world := processes()) > 1:
+    return _summed(tensor, processes(), purpose)
+
+
+def _summed(tensor: torch.Tensor, world: int, purpose: str) -> torch.Tensor:
+    if world > 1:
         import torch.distributed as dist
 
         _count(purpose, 2 * (world - 1) / world * tensor.nbytes)
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
+
+
+def rows_of(total: int, world: int, rank: int) -> slice:
+    """Which of `total` rows FSDP2 gives a rank: as torch.chunk cuts."""
+    step = -(-total // world)
+    return slice(min(rank * step, total), min((rank + 1) * step, total))
 
 
 def sum_to(tensor: torch.Tensor, owner: int, purpose: str = "") -> None:
@@ -182,8 +187,8 @@ def rows_to(local: torch.Tensor, shape: Sequence[int], owner: int, purpose: str 
     import torch
 
     world = processes()
-    step = -(-shape[0] // world)
-    sizes = [min((rank + 1) * step, shape[0]) - min(rank * step, shape[0]) for rank in range(world)]
+    rows = [rows_of(shape[0], world, rank) for rank in range(world)]
+    sizes = [each.stop - each.start for each in rows]
     found = parts_to(local, sizes, owner, purpose)
     return torch.cat(found) if found is not None else None
 
@@ -284,7 +289,12 @@ def divided(work: Sequence[T], do: Callable[[T], R], *, together: bool = False) 
 
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether parts of `model` lie on other ranks, so that all must run it at the same time."""
-    return any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters())
+    return any(is_divided(parameter) for parameter in model.parameters())
+
+
+def is_divided(tensor: torch.Tensor) -> bool:
+    """Whether parts of a tensor lie on other ranks."""
+    return type(tensor.detach()).__name__ == "DTensor"
 
 
 def owners(sizes: Sequence[int]) -> list[int]:

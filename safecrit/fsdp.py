@@ -10,7 +10,7 @@ import torch
 from safecrit import distributed, faults
 from safecrit.activations import decoder_layers
 from safecrit.errors import SafecritError
-from safecrit.placement import is_divided, local
+from safecrit.placement import local
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -96,7 +96,7 @@ def from_first_whole(model: torch.nn.Module, make: Callable[[Callable[[str], tor
         return distributed.from_first(lambda: make(lambda name: parameters[name].detach()))
     if not distributed.current().first:
         while (name := distributed.from_first(str)) != _DONE:
-            _whole(parameters[name])
+            whole_on(parameters[name], 0, "weights")
         return distributed.from_first(lambda: make(parameters.__getitem__))
     kept: dict[str, torch.Tensor] = {}
 
@@ -105,7 +105,7 @@ def from_first_whole(model: torch.nn.Module, make: Callable[[Callable[[str], tor
             while len(kept) >= _KEPT:
                 del kept[next(iter(kept))]
             distributed.from_first(lambda: name)
-            found = _whole(parameters[name])
+            found = whole_on(parameters[name], 0, "weights")
             assert found is not None
             kept[name] = found
         return kept[name]
@@ -119,8 +119,8 @@ def from_first_whole(model: torch.nn.Module, make: Callable[[Callable[[str], tor
     return distributed.from_first(made)
 
 
-def _whole(parameter: torch.Tensor) -> torch.Tensor | None:
-    """A parameter's values on rank 0, None on the others; all ranks call it."""
-    if not is_divided(parameter):
+def whole_on(parameter: torch.Tensor, owner: int, purpose: str) -> torch.Tensor | None:
+    """A parameter's values, of one that is divided on rank `owner` and None on the others; all ranks call it."""
+    if not distributed.is_divided(parameter):
         return parameter.detach()
-    return distributed.rows_to(local(parameter), parameter.shape, 0, "weights")
+    return distributed.rows_to(local(parameter), parameter.shape, owner, purpose)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safecrit.distributed import is_divided, rows_of
 from safecrit.errors import SafecritError
 from safecrit.strided import Strided, row_major
 
@@ -83,11 +84,6 @@ def refuse_deepspeed(optimizer: Any) -> None:
         optimizer = getattr(optimizer, "optimizer", None)
 
 
-def is_divided(tensor: torch.Tensor) -> bool:
-    """Whether parts of a tensor lie on other ranks."""
-    return type(tensor.detach()).__name__ == "DTensor"
-
-
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this process holds, in the same memory; without gradient."""
     tensor = tensor.detach()
@@ -95,13 +91,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def rows_here(tensor: torch.Tensor) -> slice:
-    """Which rows of a tensor lie here: all, or those that FSDP2 gave this rank (as torch.chunk cuts)."""
+    """Which rows of a tensor lie here: all, or those that FSDP2 gave this rank."""
     total = tensor.shape[0] if tensor.dim() else 1
     if not is_divided(tensor):
         return slice(0, total)
     mesh = tensor.device_mesh  # type: ignore[attr-defined]
-    step, rank = -(-total // mesh.size()), mesh.get_local_rank()
-    return slice(min(rank * step, total), min((rank + 1) * step, total))
+    return rows_of(total, mesh.size(), mesh.get_local_rank())
 
 
 def check_whole(name: str, parameter: torch.Tensor) -> None:

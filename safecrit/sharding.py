@@ -20,6 +20,7 @@ from safecrit.anatomy import Anatomy, CheckpointTensor
 from safecrit.errors import SafecritError, is_out_of_memory
 from safecrit.estimators import Item
 from safecrit.files import checkpoint_tensors
+from safecrit.fsdp import whole_on
 from safecrit.gradients import GradientStream, part_of, scaled_part
 from safecrit.placement import rows_here
 from safecrit.scoring import Progress, Restore, Save, Scorer, ScoreState, owners
@@ -27,7 +28,6 @@ from safecrit.tensorfile import MappedFiles
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-    from transformers import PreTrainedModel
 
     from safecrit.models import LoadedModel
 
@@ -49,7 +49,7 @@ def sigmas(loaded: LoadedModel, anatomy: Anatomy) -> dict[str, torch.Tensor]:
             own = entries if owner == rank else []
             parts = (files.tensor(stored[entry.name]).to(weight.device, weight.dtype) for entry in own)
         else:
-            whole = _whole_to(loaded.model, parameter, owner, "sigma")
+            whole = whole_on(weight, owner, "sigma")
             own = entries if whole is not None else []
             parts = (part_of(whole, entry) for entry in own if whole is not None)
         for entry, part in zip(own, parts, strict=True):
@@ -58,12 +58,6 @@ def sigmas(loaded: LoadedModel, anatomy: Anatomy) -> dict[str, torch.Tensor]:
             found[entry.name] = ops.matrix_std(narrow, patterns).cpu()
         files.release()
     return {name: values for part in distributed.gather(found) for name, values in part.items()}
-
-
-def _whole_to(model: PreTrainedModel, parameter: str, owner: int, purpose: str) -> torch.Tensor | None:
-    """A divided runtime parameter put together on rank `owner`; None on the others."""
-    weight: DTensor = model.get_parameter(parameter).data  # type: ignore[assignment]
-    return distributed.rows_to(weight.to_local(), tuple(weight.shape), owner, purpose)
 
 
 class ShardedStream(GradientStream):
@@ -203,4 +197,4 @@ class ShardedScorer(Scorer):
             yield entry, scaled_part(entry, whole, self.stream.sigma[entry.name])
 
     def _weight(self, parameter: str, owner: int) -> torch.Tensor | None:
-        return _whole_to(self.model, parameter, owner, "scores")
+        return whole_on(self.model.get_parameter(parameter), owner, "scores")

@@ -26,7 +26,6 @@ from safecrit.anatomy import read_anatomy
 from safecrit.errors import MismatchError, SafecritError
 from safecrit.placement import (
     entries_here,
-    is_divided,
     local,
     local_entries,
     place,
@@ -146,7 +145,9 @@ class SparseAdamW(torch.optim.Optimizer):
         group = self.param_groups[0]
         for i, name in enumerate(self._names):
             parameter, before = parameters[name], group["params"][i]
-            if is_divided(before):  # accelerate put it there; the model's own may be whole for the forward pass
+            if distributed.is_divided(
+                before
+            ):  # accelerate put it there; the model's own may be whole for the forward pass
                 parameter = before
             self._indices[i], self._befores[i] = entries_here(name, parameter, self._indices[i])
             if parameter is not before:  # whoever prepared the model put another parameter in its place
@@ -198,7 +199,7 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def _divided(self) -> list[bool]:
         """Which parameters lie on several ranks."""
-        return [is_divided(parameter) for parameter in self.param_groups[0]["params"]]
+        return [distributed.is_divided(parameter) for parameter in self.param_groups[0]["params"]]
 
     def _norm(self, gathered: list[tuple[int, torch.Tensor]]) -> float:
         """The gradient's norm over all parameters and ranks."""
@@ -299,7 +300,7 @@ class SparseAdamW(torch.optim.Optimizer):
             tensor = self._anatomy.tensors[name]
             parameter = parameters[tensor.parameter]
             where = runtime_indices(tensor.source, flat)
-            if is_divided(parameter):
+            if distributed.is_divided(parameter):
                 values = _from_ranks(tensor.parameter, parameter, where)
             else:
                 values = parameter.detach().reshape(-1).index_select(0, where.to(parameter.device))

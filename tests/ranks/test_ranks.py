@@ -14,13 +14,12 @@ import pytest
 import torch
 
 from safecrit import scoring
-from safecrit.cli.app import app
 from safecrit.maskfile import Mask
 from safecrit.scorefile import Scores
 from tests.ranks import poison
 from tests.ranks import world as worlds
 from tests.ranks.launch import finish, run, start, torchrun
-from tests.ranks.world import World
+from tests.ranks.world import World, alone
 from tests.test_divided import resaved
 
 # name: model, whether answers are given, flags of one process and of several, flags of several alone
@@ -35,11 +34,6 @@ CASES: dict[str, tuple[str, bool, list[object], list[object]]] = {
     "wanda": ("moe", True, ["--method", "wanda"], []),
     "sampled": ("dense", False, ["--estimator", "score-function", "--samples", 3], []),
 }
-
-
-def alone(command: list[str]) -> None:
-    """A command line in this process."""
-    app(command, standalone_mode=False)
 
 
 def flat(folder: Path) -> torch.Tensor:
@@ -61,9 +55,7 @@ def assert_same_scores(one: Path, other: Path, work: Path) -> None:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """Models, and in `1/` what one process makes of them."""
     folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAFECRIT_CACHE", str(folder / "cache"))
-        made = worlds.make(folder)
+    with worlds.cached(folder) as made:
         for name, (model, given, flags, _) in CASES.items():
             alone(made.score(model, folder / "1" / name, "-q", *flags, given=given))
         alone(["mask", str(folder / "1/tied"), "--top", "2%", "-q", "-o", str(folder / "1/mask.safetensors")])

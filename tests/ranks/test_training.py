@@ -13,14 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from safecrit.cli.app import app
 from safecrit.errors import SafecritError
 from safecrit.files import checkpoint_tensors
 from safecrit.maskfile import Mask
 from safecrit.tensorfile import MappedFiles
 from tests.ranks import world as worlds
 from tests.ranks.launch import finish, run, start, torchrun
-from tests.ranks.world import World
+from tests.ranks.world import World, alone
 
 BATCH = 4  # accumulation times ranks
 MODES, MODELS, PARALLEL = ("set", "spa"), ("dense", "tied", "moe"), ("replicate", "shard")
@@ -53,10 +52,6 @@ def train(world: World, mode: str, model: str, out: Path, ranks: int, *more: obj
     return list(map(str, [command, world.models[model], *files, *batch, *settings, *flags, *more]))
 
 
-def alone(command: list[str]) -> None:
-    app([*command, "-q"], standalone_mode=False)
-
-
 def assert_same_weights(world: World, mode: str, model: str, one: Path, other: Path) -> None:
     """Within 1e-6 of one another, and frozen entries bit-identical to the base."""
     mask, maps = Mask.load(world.folder / f"{model}.safetensors"), MappedFiles()
@@ -77,9 +72,7 @@ def assert_same_weights(world: World, mode: str, model: str, one: Path, other: P
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """Models, masks of them, and training data."""
     folder = tmp_path_factory.mktemp("training")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAFECRIT_CACHE", str(folder / "cache"))
-        made = worlds.make(folder)
+    with worlds.cached(folder) as made:
         for name in made.models:
             scores = made.folder / f"scores-{name}"
             alone(made.score(name, scores, "--method", "magnitude"))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 import transformers as t
 
+from safecrit.cli.app import app
 from tests import tiny
 
 PROMPTS = [
@@ -66,6 +70,19 @@ class World:
         judges = ["--judge", self.guard, "--judge", "refusal"]
         limits = ["--max-new-tokens", 5, "--batch-size", 2]
         return ["eval", *map(str, [*models, *prompts, *judges, *limits, "-o", out])]
+
+
+def alone(command: list[str]) -> None:
+    """A command line in this process."""
+    app(command, standalone_mode=False)
+
+
+@contextmanager
+def cached(folder: Path) -> Iterator[World]:
+    """What `make` makes, with a cache of its own for as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAFECRIT_CACHE", str(folder / "cache"))
+        yield make(folder)
 
 
 def make(folder: Path) -> World:
